@@ -1,0 +1,196 @@
+"""The pruned checkpoint: a diffusers folder with its masks and its recipe. Written whole, read with care.
+
+    OUT/                    loads with plain DiffusionPipeline.from_pretrained
+      obsdiff.json          CheckpointInfo: recipe, base model and hash, versions, per-layer sparsity and error
+      masks.safetensors     uint8, bit-packed as numpy.packbits does, row-major; shapes are the weights'
+      transformer/config.json   with `sparsity_config` (key names of compressed-tensors)
+"""
+
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from obsdiff.errors import InputError
+from obsdiff.files import copy_files, read_json, write_json, write_tensors
+from obsdiff.models.source import INFO, Source
+
+SCHEMA_VERSION = 1
+MASKS = "masks.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
+
+
+class LayerRecord(BaseModel):
+    """One pruned linear. `error` is the relative output error on the calibration inputs, None if it has no Hessian."""
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    error: float | None
+
+
+class GroupRecord(BaseModel):
+    """One group that lost heads or neurons: the indexes of the units that stay, of how many."""
+
+    block: int
+    name: str
+    kind: Literal["heads", "neurons"]
+    kept: list[int]
+    of: int
+
+
+class CheckpointInfo(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    base: dict[str, str]
+    versions: dict[str, str]
+    threads: int
+    recipe: dict[str, Any]
+    layers: list[LayerRecord]
+    groups: list[GroupRecord]
+
+
+def versions() -> dict[str, str]:
+    """What produced a result, by package name."""
+    from obsdiff import __version__
+
+    return {
+        "obsdiff": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask as uint8 [ceil(entries / 8)]."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The bool mask of that shape. Raises InputError when the packed size does not fit it."""
+    count = int(np.prod(shape))
+    if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
+        raise InputError(f"a mask of {list(packed.shape)} {packed.dtype} does not fit a weight {list(shape)}")
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).reshape(shape)
+
+
+def read_info(path: Path) -> CheckpointInfo | None:
+    """What obsdiff.json says, or None for a folder without one (a dense model)."""
+    if not (path / INFO).exists():
+        return None
+    value = read_json(path / INFO)
+    found = value.get("schema_version") if isinstance(value, dict) else None
+    if isinstance(found, int) and found > SCHEMA_VERSION:
+        raise InputError(f"{path / INFO} has schema version {found}, newer than this obsdiff reads: upgrade obsdiff")
+    try:
+        return CheckpointInfo.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path / INFO} is not a recipe that obsdiff wrote: {where}: {first['msg']}") from None
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The denoiser's tensors as they are stored, read one at a time; `files` lists the shards."""
+
+    def __init__(self, folder: Path):
+        index = folder / f"{WEIGHTS}.index.json"
+        if index.exists():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        else:
+            names = [WEIGHTS]
+        self.files = [folder / name for name in names]
+        self._home = {name: file for file in self.files for name in _names(file, folder)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._home[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+
+def _names(file: Path, folder: Path) -> list[str]:
+    if file.resolve().parent != folder.resolve() and file.parent != folder:
+        raise InputError(f"{file} lies outside its folder")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is truncated or is not safetensors: {error}") from None
+
+
+def write_checkpoint(
+    source: Source,
+    info: CheckpointInfo,
+    pruned: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    out: Path,
+) -> None:
+    """Writes the folder: the base's files with the pruned tensors in place, in the dtypes and shards of the base."""
+    copy_files(source.path, out, skip=(source.spec.component,))
+    folder = out / source.spec.component
+    folder.mkdir(exist_ok=True)
+    stored = StoredWeights(source.denoiser_path)
+    for file in stored.files:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {
+                name: pruned[name] if name in pruned else opened.get_tensor(name) for name in opened.keys()
+            }
+            write_tensors(folder / file.name, tensors, opened.metadata())
+    for path in source.denoiser_path.glob("*.json"):
+        write_json(folder / path.name, read_json(path))
+    config = read_json(folder / "config.json")
+    config["sparsity_config"] = sparsity_config(info)
+    write_json(folder / "config.json", config)
+    write_tensors(out / MASKS, masks)
+    write_json(out / INFO, info.model_dump(mode="json"))
+
+
+def sparsity_config(info: CheckpointInfo) -> dict[str, Any]:
+    """The denoiser's `sparsity_config`, in the key names of compressed-tensors. Weights are stored dense."""
+    entries = sum(layer.shape[0] * layer.shape[1] for layer in info.layers)
+    zeros = sum(layer.shape[0] * layer.shape[1] * layer.sparsity for layer in info.layers)
+    return {
+        "format": "dense",
+        "global_sparsity": round(zeros / entries, 6) if entries else 0.0,
+        "sparsity_structure": info.recipe["pattern"],
+        "targets": [layer.name for layer in info.layers],
+        "ignore": [],
+    }
+
+
+def read_masks(path: Path, info: CheckpointInfo) -> dict[str, Tensor]:
+    """The bool mask [out, in] of every pruned linear. Raises InputError when the file is damaged or incomplete."""
+    try:
+        with safe_open(path / MASKS, framework="pt") as file:
+            return {layer.name: unpack(file.get_tensor(layer.name), layer.shape) for layer in info.layers}
+    except FileNotFoundError:
+        raise InputError(f"{path / MASKS} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path / MASKS} is damaged: {error}") from None
+
+
+def verify(source: Source, info: CheckpointInfo) -> None:
+    """Raises InputError when a weight is not zero where its mask says so: the checkpoint was changed afterwards."""
+    weights = StoredWeights(source.denoiser_path)
+    for name, mask in read_masks(source.path, info).items():
+        weight = weights.get(f"{name}.weight")
+        if weight is None or weight.shape != mask.shape:
+            raise InputError(f"{source.name}: {name} is missing or has another shape than its mask")
+        if weight[~mask].any():
+            raise InputError(f"{source.name}: {name} has weights where its mask says zero (was it trained since?)")

@@ -1,0 +1,148 @@
+"""The bundle: what is in the folder, said by its manifest and verified against it.
+
+    BUNDLE/
+      manifest.json          Manifest
+      model_index.json, generation_config.json, and the untouched diffusers components
+      denoiser/config.json, model.safetensors     the shrunk weights; `groups` in the manifest rebuilds the module
+      denoiser/model.onnx (+ model.onnx.data past 2 GB)
+"""
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from obsdiff.checkpoint import GroupRecord
+from obsdiff.errors import InputError
+from obsdiff.files import folder_files, read_json, sha256
+from obsdiff.models.source import MANIFEST
+
+SCHEMA_VERSION = 1
+WEIGHTS = "denoiser/model.safetensors"
+CONFIG = "denoiser/config.json"
+GRAPH = "denoiser/model.onnx"
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or "\\" in path or ":" in parts[0] or ".." in parts:
+        raise ValueError(f"the path {path!r} leaves the bundle")
+    return path
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(_Model):
+    bytes: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Axis(_Model):
+    """The range of a dynamic axis; `multiple` is what its values must be divisible by. Latents, not pixels."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+    multiple: int = Field(1, ge=1)
+
+    def allows(self, size: int) -> bool:
+        return self.min <= size <= self.max and size % self.multiple == 0
+
+
+class Tensor(_Model):
+    """One input or output: its dtype and its axes, each a number or the name of a dynamic axis."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+    axes: tuple[str | int, ...]
+
+
+class Check(_Model):
+    """How far a format was from PyTorch at shapes that it was not traced at, on random inputs."""
+
+    shapes: list[dict[str, int]]
+    max_difference: float
+    relative_error: float
+    tolerance: float
+
+
+class Totals(_Model):
+    """The denoiser: parameters, those that are not zero, bytes, and MACs of one call at the default size, batch 1."""
+
+    parameters: int
+    nonzero: int
+    bytes: int
+    macs: int
+
+
+class Manifest(_Model):
+    schema_version: int = SCHEMA_VERSION
+    pipeline: str
+    denoiser: str
+    component: str
+    components: list[str]
+    base: dict[str, str]
+    recipe: dict[str, Any] | None
+    versions: dict[str, str]
+    precision: Precision
+    groups: list[GroupRecord]
+    axes: dict[str, Axis]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    vae_scale: int = Field(ge=1)
+    formats: dict[str, Check]
+    dense: Totals
+    totals: Totals
+    files: dict[Annotated[str, AfterValidator(_inside)], File]
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest alone, unverified. Raises InputError with one sentence for whatever is wrong with it."""
+    path = bundle / MANIFEST
+    if not bundle.is_dir():
+        raise InputError(f"{bundle} does not exist or is no folder")
+    if not path.exists():
+        raise InputError(f"{bundle} is not a bundle: it has no {MANIFEST}")
+    value = read_json(path)
+    found = value.get("schema_version") if isinstance(value, dict) else None
+    if isinstance(found, int) and found > SCHEMA_VERSION:
+        raise InputError(f"{path} has schema version {found}, newer than this obsdiff reads: upgrade obsdiff")
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{path} is not a manifest that obsdiff wrote: {where}: {message}") from None
+
+
+def open_bundle(bundle: str | Path) -> Manifest:
+    """The manifest after every file that it lists was hashed. Raises InputError for the first that does not agree."""
+    bundle = Path(bundle)
+    manifest = read_manifest(bundle)
+    root = bundle.resolve()
+    for name, file in manifest.files.items():
+        path = bundle / name
+        if not path.is_file():
+            raise InputError(f"{bundle}: {name} is in the manifest and missing from the folder")
+        if not path.resolve().is_relative_to(root):
+            raise InputError(f"{bundle}: {name} is a link that leaves the bundle")
+        if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
+            raise InputError(f"{bundle}: {name} is not the file that was exported (its SHA-256 differs)")
+    for needed in ("model_index.json", WEIGHTS, CONFIG):
+        if needed not in manifest.files:
+            raise InputError(f"{bundle}: the manifest does not list {needed}")
+    return manifest
+
+
+def list_files(folder: Path) -> dict[str, File]:
+    """Every file of the folder but the manifest, for the manifest."""
+    return {
+        name: File(bytes=os.path.getsize(path), sha256=sha256(path))
+        for name, path in folder_files(folder).items()
+        if name != MANIFEST
+    }

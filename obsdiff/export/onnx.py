@@ -1,0 +1,187 @@
+"""The denoiser as an ONNX graph with dynamic batch, latent size and prompt length, checked in ONNX Runtime."""
+
+import contextlib
+import logging
+import operator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.errors import InputError, ObsdiffError
+from obsdiff.export.bundle import Axis, Check, Precision
+from obsdiff.models import ModelSpec, walk
+
+OPSET = 20  # 23 emits Attention and RMSNormalization, which TensorRT-RTX parses and then fails to build
+PROTOBUF_LIMIT = 2**31 - 2**20  # a serialised graph must stay below 2 GiB: weights move to a file beside it
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def export_onnx(
+    denoiser: nn.Module, spec: ModelSpec, config: Mapping[str, Any], axes: Mapping[str, Axis], path: Path
+) -> None:
+    """Traces the denoiser with torch's dynamo exporter and writes the graph, weights beside it past 2 GB.
+
+    Raises ObsdiffError with the exporter's reason when the denoiser cannot be traced.
+    """
+    dtype = next(denoiser.parameters()).dtype
+    traced = {name: axis.opt for name, axis in axes.items()} | {"batch": max(2, axes["batch"].min)}
+    inputs = walk.random_inputs(spec, config, traced, dtype)
+    dims = {name: _dim(name, axis) for name, axis in axes.items()}
+    dynamic = tuple(
+        {i: dims[axis] for i, axis in enumerate(entry.axes) if axis in dims and dims[axis] is not None}
+        for entry in spec.inputs
+    )
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                walk.TensorDenoiser(denoiser, spec).eval(),
+                tuple(inputs.values()),
+                dynamo=True,
+                input_names=list(inputs),
+                output_names=[spec.output.name],
+                dynamic_shapes={"inputs": dynamic},
+                opset_version=OPSET,
+                custom_translation_table={operator.floordiv: _floordiv()},
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's errors share no base class
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ObsdiffError(f"the denoiser could not be traced to ONNX: {reason}") from error
+        assert program is not None
+        size = sum(p.numel() * p.element_size() for p in denoiser.parameters())
+        program.save(path, external_data=size > PROTOBUF_LIMIT)
+
+
+def reference_outputs(
+    denoiser: nn.Module, spec: ModelSpec, config: Mapping[str, Any], shapes: Sequence[Mapping[str, int]]
+) -> list[Tensor]:
+    """What the float32 denoiser gives in PyTorch for the random inputs that check_onnx uses."""
+    outputs = []
+    for seed, axes in enumerate(shapes):
+        inputs = walk.random_inputs(spec, config, axes, seed=seed)
+        with torch.no_grad():
+            try:
+                outputs.append(walk.TensorDenoiser(denoiser, spec)(*inputs.values()))
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"the denoiser does not run at {_say(axes)} (latents): {error}") from None
+    return outputs
+
+
+def check_onnx(
+    expected: Sequence[Tensor],
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    shapes: Sequence[Mapping[str, int]],
+    path: Path,
+    precision: Precision,
+) -> Check:
+    """Runs the graph in ONNX Runtime on the inputs that gave `expected` in PyTorch, float32.
+
+    Raises ObsdiffError when the graph does not load or run, gives NaN, or is further off than the precision explains.
+    """
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)  # errors come back as exceptions; printed too, they come twice
+    worst, relative, tolerance = 0.0, 0.0, TOLERANCE[precision]
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+        raise ObsdiffError(f"ONNX Runtime does not load the {precision} graph: {_first_line(error)}") from None
+    for seed, (axes, wanted) in enumerate(zip(shapes, expected, strict=True)):
+        inputs = walk.random_inputs(spec, config, axes, DTYPES[precision], seed=seed)
+        try:
+            feeds = {name: onnxruntime.OrtValue.from_dlpack(value.__dlpack__()) for name, value in inputs.items()}
+            (result,) = session.run_with_ort_values(None, feeds)
+        except Exception as error:
+            raise ObsdiffError(f"ONNX Runtime fails at {_say(axes)}: {_first_line(error)}") from None
+        got = torch.from_dlpack(result).float()
+        if not got.isfinite().all():
+            raise ObsdiffError(f"the {precision} graph gives NaN or infinity at {_say(axes)}: use --precision fp32")
+        difference = got - wanted
+        worst = max(worst, difference.abs().max().item())
+        relative = max(relative, (difference.norm() / wanted.norm()).item())
+    if relative > tolerance:
+        raise ObsdiffError(
+            f"the {precision} graph disagrees with PyTorch: relative error {relative:.1e} is more than {tolerance:.0e}"
+        )
+    return Check(
+        shapes=[dict(axes) for axes in shapes],
+        max_difference=worst,
+        relative_error=relative,
+        tolerance=tolerance,
+    )
+
+
+def check_shapes(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
+    """Shapes to check a graph at: inside the ranges, other than the traced one, not square, different batches."""
+
+    def near(name: str, size: int) -> int:
+        axis = axes[name]
+        size = min(max(size, axis.min), axis.max)
+        return max(axis.min, size - size % axis.multiple)
+
+    step, tokens = axes["height"].multiple, axes["tokens"].opt
+    return [
+        {
+            "batch": near("batch", batch),
+            "height": near("height", axes["height"].opt + dh * step),
+            "width": near("width", axes["width"].opt + dw * step),
+            "tokens": near("tokens", tokens + dt),
+        }
+        for batch, dh, dw, dt in ((1, -1, 1, -5), (3, 1, -2, 9))
+    ]
+
+
+def _dim(name: str, axis: Axis) -> Any:
+    """A torch.export dimension; None for an axis with a single size, which is traced as a constant."""
+    if axis.min == axis.max:
+        return None
+    units = torch.export.Dim(name, min=axis.min // axis.multiple, max=axis.max // axis.multiple)
+    return axis.multiple * units if axis.multiple > 1 else units
+
+
+def _floordiv() -> Any:
+    """operator.floordiv for ONNX that rounds down for negative numbers too.
+
+    onnxscript 0.7 emits a bare Div, which truncates: SD3's position embedding is then cropped to the wrong width
+    wherever the difference between its size and the picture's is odd.
+    """
+    from onnxscript import INT64
+    from onnxscript import opset20 as op
+
+    def floordiv(self: INT64, other: INT64) -> INT64:  # type: ignore[valid-type]
+        return op.Div(op.Sub(self, op.Mod(self, other)), other)
+
+    floordiv.__annotations__ = {"self": INT64, "other": INT64, "return": INT64}
+    return floordiv
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _say(axes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in axes.items())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs what it skips (torchvision) and warns about names it merges: nothing a user can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,192 @@
+"""The export stage: shrink, trace, check, and write a bundle or nothing."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from obsdiff import checkpoint
+from obsdiff.errors import InputError
+from obsdiff.export import bundle as bundles
+from obsdiff.export import onnx
+from obsdiff.export.bundle import Axis, Manifest, Precision
+from obsdiff.export.shrink import shrink
+from obsdiff.export.totals import count_nonzero, count_totals, default_axes
+from obsdiff.files import copy_files, folder_hash, write_json, write_tensors
+from obsdiff.models import Input
+from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_denoiser, quiet_libraries
+from obsdiff.progress import Progress
+
+Format = Literal["onnx"]
+MARK = ".obsdiff-export"  # says that a .partial folder is ours to remove
+
+
+def export(
+    model: str | Path,
+    bundle: str | Path,
+    *,
+    formats: Sequence[str] = ("onnx",),
+    precision: Precision = "fp32",
+    batch: str = "1:1:8",
+    size: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Compiles a dense or pruned diffusers pipeline into a bundle, and proves that it computes the same.
+
+    `batch` counts images (a denoiser call with guidance takes twice as many), `size` pixels of a side, each MIN:OPT:MAX;
+    the size defaults to half, once and one and a half times the model's own. `force` replaces a bundle that is there.
+    Raises InputError when an argument is wrong; ObsdiffError when the result disagrees with PyTorch, and then
+    nothing is written.
+    """
+    progress = progress or Progress()
+    out = Path(bundle)
+    unknown = sorted(set(formats) - set(get_args(Format)))
+    if unknown:
+        raise InputError(f"--format {unknown[0]}: there is {', '.join(get_args(Format))}")
+    if precision not in onnx.DTYPES:
+        raise InputError(f"--precision {precision}: there are {', '.join(onnx.DTYPES)}")
+    if precision == "bf16":
+        raise InputError("--precision bf16: ONNX Runtime has no bf16 kernels for CPUs, so the graph cannot be checked")
+    source = find_source(model)
+    axes = make_axes(source, batch, size)
+    work = _claim(out, force)
+    try:
+        with progress.task("loading", 3 + 2 * len(formats)), quiet_libraries():
+            manifest = _build(source, work, list(formats), precision, axes, progress)
+        (work / MARK).unlink()
+        if out.exists():
+            shutil.rmtree(out)
+        work.rename(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return manifest
+
+
+def make_axes(source: Source, batch: str, size: str | None) -> dict[str, Axis]:
+    """The dynamic axes of the graph, in latents and denoiser calls, from the user's images and pixels."""
+    patch = int(source.config[source.spec.patch])
+    step = source.vae_scale * patch
+    own = default_axes(source)["height"] * source.vae_scale
+    low, opt, high = _triple("--size", size) if size else (
+        max(step, own // 2 // step * step),
+        own,
+        own * 3 // 2 // step * step,
+    )
+    if any(side % step for side in (low, opt, high)):
+        raise InputError(f"--size {size}: sides must be multiples of {step} pixels for this model")
+    side = Axis(
+        min=low // source.vae_scale, opt=opt // source.vae_scale, max=high // source.vae_scale, multiple=patch
+    )
+    low, opt, high = _triple("--batch", batch)
+    shortest, _usual, longest = source.spec.tokens
+    return {
+        "batch": Axis(min=low, opt=2 * opt, max=2 * high),
+        "height": side,
+        "width": side,
+        "tokens": Axis(min=shortest, opt=source.prompt_tokens, max=longest),
+    }
+
+
+def _triple(option: str, text: str) -> tuple[int, int, int]:
+    try:
+        low, opt, high = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise InputError(f"{option} {text}: write MIN:OPT:MAX, for example 1:1:8") from None
+    if not 1 <= low <= opt <= high:
+        raise InputError(f"{option} {text}: needs 1 <= MIN <= OPT <= MAX")
+    return low, opt, high
+
+
+def _claim(out: Path, force: bool) -> Path:
+    """An empty folder beside `out` to work in, or an error that says what stands in the way."""
+    if out.exists() and not (out / MANIFEST).exists():
+        raise InputError(f"{out} exists and is not a bundle: choose another name")
+    if out.exists() and not force:
+        raise InputError(f"{out} is a bundle already: choose another name, or pass --force to replace it")
+    work = out.with_name(f"{out.name}.partial")
+    if work.exists() and not (work / MARK).exists():
+        raise InputError(f"{work} is in the way and is not from an export: remove it")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    (work / MARK).touch()
+    return work
+
+
+def _build(
+    source: Source,
+    work: Path,
+    formats: list[str],
+    precision: Precision,
+    axes: Mapping[str, Axis],
+    progress: Progress,
+) -> Manifest:
+    spec, config = source.spec, source.config
+    info = checkpoint.read_info(source.path)
+    if info:
+        checkpoint.verify(source, info)
+    denoiser = load_denoiser(source, torch.float32)
+    progress.advance(1, "shrinking")
+    shrink(denoiser, spec, info.groups if info else [])
+    shapes = onnx.check_shapes(axes)
+    expected = onnx.reference_outputs(denoiser, spec, config, shapes)
+    denoiser.to(onnx.DTYPES[precision])
+    progress.advance(1, "copying components")
+    copy_files(source.path, work, skip=(spec.component, INFO, checkpoint.MASKS))
+    (work / bundles.CONFIG).parent.mkdir()
+    write_json(work / bundles.CONFIG, dict(config))
+    write_tensors(work / bundles.WEIGHTS, {k: v.contiguous() for k, v in denoiser.state_dict().items()})
+    checks = {}
+    for name in formats:
+        progress.advance(1, f"tracing to {name}")
+        onnx.export_onnx(denoiser, spec, config, axes, work / bundles.GRAPH)
+        progress.advance(1, f"checking {name}")
+        checks[name] = onnx.check_onnx(expected, spec, config, shapes, work / bundles.GRAPH, precision)
+    progress.advance(1, "hashing")
+    manifest = _manifest(source, info, denoiser, axes, precision, checks, work)
+    write_json(work / MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _manifest(
+    source: Source,
+    info: checkpoint.CheckpointInfo | None,
+    denoiser: nn.Module,
+    axes: Mapping[str, Axis],
+    precision: Precision,
+    checks: Mapping[str, bundles.Check],
+    work: Path,
+) -> Manifest:
+    spec = source.spec
+    dtype = str(onnx.DTYPES[precision]).removeprefix("torch.")
+    groups = info.groups if info else []
+    default, itemsize = default_axes(source), onnx.DTYPES[precision].itemsize
+
+    def signature(entry: Input) -> bundles.Tensor:
+        shape = tuple(axis if axis in axes else source.config.get(axis, axis) for axis in entry.axes)  # type: ignore[call-overload]
+        return bundles.Tensor(name=entry.name, dtype=entry.dtype or dtype, axes=shape)  # type: ignore[arg-type]
+
+    return Manifest(
+        pipeline=source.index["_class_name"],
+        denoiser=spec.denoiser,
+        component=spec.component,
+        components=[name for name in source.index if not name.startswith("_") and name != spec.component],
+        base=info.base if info else {"name": source.name, "sha256": folder_hash(source.path)},
+        recipe=info.recipe if info else None,
+        versions=checkpoint.versions() | {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")},
+        precision=precision,
+        groups=groups,
+        axes=dict(axes),
+        inputs=[signature(entry) for entry in spec.inputs],
+        outputs=[signature(spec.output)],
+        vae_scale=source.vae_scale,
+        formats=dict(checks),
+        dense=count_totals(source, [], default, itemsize),
+        totals=count_totals(source, groups, default, itemsize, count_nonzero(denoiser.state_dict())),
+        files=bundles.list_files(work),
+    )

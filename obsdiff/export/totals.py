@@ -1,0 +1,41 @@
+"""Sizes and costs of a denoiser, before and after shrinking, without computing anything."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from obsdiff.checkpoint import GroupRecord
+from obsdiff.export.bundle import Totals
+from obsdiff.export.shrink import shrink
+from obsdiff.models import walk
+from obsdiff.models.source import Source, meta_denoiser
+
+
+def count_nonzero(weights: Mapping[str, Tensor]) -> int:
+    """Entries that are not zero, reading one tensor at a time."""
+    return sum(int(tensor.count_nonzero()) for tensor in weights.values())
+
+
+def count_totals(
+    source: Source,
+    groups: Iterable[GroupRecord],
+    axes: Mapping[str, int],
+    itemsize: int,
+    nonzero: int | None = None,
+) -> Totals:
+    """Of the denoiser narrowed to `groups`: parameters, nonzero ones (all, unless counted), bytes at `itemsize`, MACs."""
+    denoiser = meta_denoiser(source)
+    shrink(denoiser, source.spec, groups)
+    parameters = sum(p.numel() for p in denoiser.state_dict().values())
+    return Totals(
+        parameters=parameters,
+        nonzero=parameters if nonzero is None else min(nonzero, parameters),
+        bytes=parameters * itemsize,
+        macs=walk.count_macs(denoiser, source.spec, source.config, axes),
+    )
+
+
+def default_axes(source: Source) -> dict[str, int]:
+    """One image at the model's own size with its usual prompt length: what MACs are quoted at."""
+    side = int(source.defaults.get("height", 0)) // source.vae_scale or int(source.config.get("sample_size", 64))
+    return {"batch": 1, "height": side, "width": side, "tokens": source.prompt_tokens}

@@ -1,0 +1,1 @@
+"""Stage one: masks and compensated weights. Shapes never change here."""

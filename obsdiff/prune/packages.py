@@ -1,0 +1,15 @@
+"""Module packages: what is solved between two runs of the sampler (OBS-Diff, arXiv 2510.06751)."""
+
+from collections.abc import Sequence
+
+from obsdiff.models.walk import Stage
+
+
+def cut(stages: Sequence[Stage], packages: int) -> list[list[Stage]]:
+    """Cuts stages in forward order into that many packages, as even as they go; at most one package a stage.
+
+    Linears that run in parallel are one stage, so they stay together.
+    """
+    packages = min(packages, len(stages))
+    bounds = [len(stages) * i // packages for i in range(packages + 1)]
+    return [list(stages[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,140 @@
+"""Structured OBS: whole heads and neurons, which are sets of columns of the projections that read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obsdiff.prune.solvers import relative_error
+from obsdiff.prune.solvers.obs import damped
+
+
+@dataclass(frozen=True)
+class Removal:
+    """kept: sorted unit indexes; weights: the compensated [out, in] of each reader, removed columns zero;
+    errors: the relative output error of each (NaN without Hessians)."""
+
+    kept: list[int]
+    weights: list[Tensor]
+    errors: list[float]
+
+
+def keep_count(units: int, share: float, round_to: int) -> int:
+    """Units left when `share` of them may go: at least that many stay, snapped up to a multiple of `round_to`.
+
+    A width that is no multiple of 8 (better 64) falls off the tensor cores.
+    """
+    kept = max(1, units - int(units * share + 1e-9))
+    return min(units, -(-kept // round_to) * round_to)
+
+
+def default_multiple(width: int) -> int:
+    """The multiple that neuron counts snap to: 64 at real sizes, 8 at small ones."""
+    return 64 if width >= 1024 else 8
+
+
+def remove_obs(
+    weights: Sequence[Tensor], hessians: Sequence[Tensor], units: int, keep: int, damping: float = 0.01
+) -> Removal:
+    """Removes, one at a time, the unit whose loss the remaining ones make up for best (OBS-Diff, arXiv 2510.06751).
+
+    weights [out_k, in] of the projections that read the same units, hessians float32 [in, in], one each; unit u is
+    the u-th of `units` equal runs of columns. The loss of a set S is tr(W_S [H⁻¹_SS]⁻¹ W_Sᵀ), summed over the readers
+    as a share of what each puts out, so that an image and a text stream are counted in one unit. After each removal W
+    and H⁻¹ are brought up to date by a Schur complement; at the end W is solved once more for the columns that
+    stay, which is the same in exact arithmetic and sheds the round-off of the many updates.
+    Raises ValueError when a Hessian cannot be factored.
+    """
+    _check(weights, hessians, units, keep)
+    size = weights[0].shape[1] // units
+    solvable = [damped(hessian, damping) for hessian in hessians]
+    work = [weight.float().clone() for weight in weights]
+    energies = [((w @ h) * w).sum().clamp(min=1e-30) for w, h in zip(work, solvable, strict=True)]
+    inverses = [_inverse(hessian) for hessian in solvable]
+    alive = torch.ones(units, dtype=torch.bool, device=work[0].device)
+    for _ in range(units - keep):
+        loss = sum(_losses(w, inverse, units) / e for w, inverse, e in zip(work, inverses, energies, strict=True))
+        assert isinstance(loss, Tensor)
+        unit = int(torch.where(alive, loss, torch.inf).argmin())
+        alive[unit] = False
+        for w, inverse in zip(work, inverses, strict=True):
+            _remove(w, inverse, slice(unit * size, (unit + 1) * size))
+    columns = alive.repeat_interleave(size)
+    pruned = [
+        _refit(weight, hessian, columns).to(weight.dtype)
+        for weight, hessian in zip(weights, solvable, strict=True)
+    ]
+    errors = [relative_error(*both, hessian) for *both, hessian in zip(weights, pruned, hessians, strict=True)]
+    return Removal(alive.nonzero().flatten().tolist(), pruned, errors)
+
+
+def remove_magnitude(
+    weights: Sequence[Tensor], hessians: Sequence[Tensor | None], units: int, keep: int
+) -> Removal:
+    """Removes the units whose columns have the smallest L1 norm and compensates nothing: the usual baseline."""
+    _check(weights, hessians, units, keep)
+    size = weights[0].shape[1] // units
+    norms = torch.stack([weight.float().abs().sum(0).view(units, size).sum(1) for weight in weights]).sum(0)
+    kept = norms.topk(keep).indices.sort().values
+    alive = torch.zeros(units, dtype=torch.bool, device=weights[0].device)
+    alive[kept] = True
+    pruned = [weight * alive.repeat_interleave(size) for weight in weights]
+    errors = [
+        float("nan") if hessian is None else relative_error(*both, hessian)
+        for *both, hessian in zip(weights, pruned, hessians, strict=True)
+    ]
+    return Removal(kept.tolist(), pruned, errors)
+
+
+REMOVERS = {"obs": remove_obs, "magnitude": remove_magnitude}
+
+
+def _inverse(hessian: Tensor) -> Tensor:
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        raise ValueError("the hessian is not positive definite: more calibration prompts or more damping are needed")
+    return torch.cholesky_inverse(lower)
+
+
+def _losses(weight: Tensor, inverse: Tensor, units: int) -> Tensor:
+    """tr(W_S [H⁻¹_SS]⁻¹ W_Sᵀ) of every unit S. Returns float32 [units]; what is gone already gives 0 or NaN."""
+    size = weight.shape[1] // units
+    if size == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.view(-1, units, size).permute(1, 2, 0)
+    lower = torch.linalg.cholesky_ex(blocks)[0]
+    return torch.linalg.solve_triangular(lower, columns, upper=False).square().sum((1, 2))
+
+
+def _remove(weight: Tensor, inverse: Tensor, gone: slice) -> None:
+    """Eliminates those columns in place: W −= W_S [H⁻¹_SS]⁻¹ H⁻¹_S,: and H⁻¹ to its Schur complement."""
+    rows = inverse[gone].clone()
+    solved = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, gone]))
+    weight.addmm_(weight[:, gone].clone(), solved, alpha=-1)
+    inverse.addmm_(rows.T, solved, alpha=-1)
+    weight[:, gone] = 0
+    inverse[gone] = 0
+    inverse[:, gone] = 0
+
+
+def _refit(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
+    """The least-squares weight on the columns that stay: W H[:, K] (H[K, K])⁻¹, zero elsewhere."""
+    target = (weight.float() @ hessian)[:, columns]
+    lower = torch.linalg.cholesky(hessian[columns][:, columns])
+    result = torch.zeros_like(weight, dtype=torch.float32)
+    result[:, columns] = torch.cholesky_solve(target.T, lower).T
+    return result
+
+
+def _check(weights: Sequence[Tensor], hessians: Sequence[Tensor | None], units: int, keep: int) -> None:
+    width = weights[0].shape[1]
+    if any(weight.shape[1] != width for weight in weights) or len(weights) != len(hessians):
+        raise ValueError("the readers of a group need the same input width and one hessian each")
+    if width % units or not 0 < keep <= units:
+        raise ValueError(f"cannot keep {keep} of {units} units in {width} columns")
+    if not all(weight.isfinite().all() for weight in weights):
+        raise ValueError("the weight holds NaN or infinity")
+    if not all(hessian is None or hessian.isfinite().all() for hessian in hessians):
+        raise ValueError("the hessian holds NaN or infinity")

@@ -1,0 +1,1 @@
+"""Stage three: a bundle as a diffusers pipeline whose denoiser is an engine."""
