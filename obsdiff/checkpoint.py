@@ -1,9 +1,9 @@
 """The pruned checkpoint: a diffusers folder with its masks and its recipe. Written whole, read with care.
 
-    OUT/                    loads with plain DiffusionPipeline.from_pretrained
-      obsdiff.json          CheckpointInfo: recipe, base model and hash, versions, per-layer sparsity and error
-      masks.safetensors     uint8, bit-packed as numpy.packbits does, row-major; shapes are the weights'
-      transformer/config.json   with `sparsity_config` (key names of compressed-tensors)
+OUT/                    loads with plain DiffusionPipeline.from_pretrained
+  obsdiff.json          CheckpointInfo: recipe, base model and hash, versions, per-layer sparsity and error
+  masks.safetensors     uint8, bit-packed as numpy.packbits does, row-major; shapes are the weights'
+  transformer/config.json   with `sparsity_config` (key names of compressed-tensors)
 """
 
 import platform
@@ -148,9 +148,7 @@ def write_checkpoint(
     stored = StoredWeights(source.denoiser_path)
     for file in stored.files:
         with safe_open(file, framework="pt") as opened:
-            tensors = {
-                name: pruned[name] if name in pruned else opened.get_tensor(name) for name in opened.keys()
-            }
+            tensors = {name: pruned[name] if name in pruned else opened.get_tensor(name) for name in opened.keys()}
             write_tensors(folder / file.name, tensors, opened.metadata())
     for path in source.denoiser_path.glob("*.json"):
         write_json(folder / path.name, read_json(path))

@@ -68,9 +68,7 @@ def folder_files(folder: Path) -> dict[str, Path]:
     found = (path for path in folder.rglob("*") if path.is_file())
     relative = {path.relative_to(folder).as_posix(): path for path in found}
     return {
-        name: relative[name]
-        for name in sorted(relative)
-        if not any(part.startswith(".") for part in name.split("/"))
+        name: relative[name] for name in sorted(relative) if not any(part.startswith(".") for part in name.split("/"))
     }
 
 

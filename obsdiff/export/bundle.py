@@ -47,7 +47,7 @@ class Axis(_Model):
     min: int = Field(ge=1)
     opt: int = Field(ge=1)
     max: int = Field(ge=1)
-    multiple: int = Field(1, ge=1)
+    multiple: int = Field(default=1, ge=1)
 
     def allows(self, size: int) -> bool:
         return self.min <= size <= self.max and size % self.multiple == 0

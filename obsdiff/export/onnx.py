@@ -158,7 +158,7 @@ def _floordiv() -> Any:
     from onnxscript import INT64
     from onnxscript import opset20 as op
 
-    def floordiv(self: INT64, other: INT64) -> INT64:  # type: ignore[valid-type]
+    def floordiv(self: INT64, other: INT64) -> INT64:
         return op.Div(op.Sub(self, op.Mod(self, other)), other)
 
     floordiv.__annotations__ = {"self": INT64, "other": INT64, "return": INT64}

@@ -168,8 +168,10 @@ def _manifest(
     default, itemsize = default_axes(source), onnx.DTYPES[precision].itemsize
 
     def signature(entry: Input) -> bundles.Tensor:
-        shape = tuple(axis if axis in axes else source.config.get(axis, axis) for axis in entry.axes)  # type: ignore[call-overload]
-        return bundles.Tensor(name=entry.name, dtype=entry.dtype or dtype, axes=shape)  # type: ignore[arg-type]
+        shape = tuple(
+            axis if isinstance(axis, int) or axis in axes else int(source.config[axis]) for axis in entry.axes
+        )
+        return bundles.Tensor.model_validate({"name": entry.name, "dtype": entry.dtype or dtype, "axes": shape})
 
     return Manifest(
         pipeline=source.index["_class_name"],

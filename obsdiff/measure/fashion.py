@@ -214,9 +214,7 @@ def classify(images: Tensor, classifier: Classifier | None = None) -> tuple[Tens
     return items, colours, features
 
 
-def accuracy(
-    images: Tensor, captions: Sequence[str], classifier: Classifier | None = None
-) -> dict[str, float]:
+def accuracy(images: Tensor, captions: Sequence[str], classifier: Classifier | None = None) -> dict[str, float]:
     """How often the classifier sees in a picture what its caption names: `item_accuracy`, `colour_accuracy`.
 
     `images` and `classifier` as for `classify`. Each is over the captions that name an item or a
@@ -250,9 +248,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         raise ValueError(f"features must be [n, d] with one d, not {list(a.shape)} and {list(b.shape)}")
     fewest, needed = min(len(a), len(b)), a.shape[1]
     if fewest < needed:
-        raise ValueError(
-            f"the Fréchet distance on {needed} features needs at least {needed} images, not {fewest}"
-        )
+        raise ValueError(f"the Fréchet distance on {needed} features needs at least {needed} images, not {fewest}")
     a, b = a.cpu().double(), b.cpu().double()
     root = _psd_sqrt(a.T.cov())
     covariance = b.T.cov()

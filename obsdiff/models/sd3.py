@@ -26,7 +26,11 @@ SD3 = ModelSpec(
     ),
     groups=(
         Group(
-            "attn", "heads", _spans(*QKV, *ADDED_QKV), _spans("attn.to_out.0", "attn.to_add_out"), "attn.heads"
+            "attn",
+            "heads",
+            _spans(*QKV, *ADDED_QKV),
+            _spans("attn.to_out.0", "attn.to_add_out"),
+            "attn.heads",
         ),
         Group("attn2", "heads", _spans(*QKV2), _spans("attn2.to_out.0"), "attn2.heads"),
         Group("ff", "neurons", _spans("ff.net.0.proj"), _spans("ff.net.2")),

@@ -88,7 +88,7 @@ def find_source(model: str | Path) -> Source:
 
 def _find_family(index: Mapping[str, Any], model: str | Path) -> ModelSpec:
     for component in ("transformer", "unet"):
-        entry = index.get(component)
+        entry: Any = index.get(component)
         if _is_component(entry) and entry[1]:
             return find_spec(str(entry[1]))
     raise InputError(f"{model}: its model_index.json names neither a transformer nor a unet, so nothing can be pruned")

@@ -5,7 +5,7 @@ A family is one frozen `ModelSpec` in one file of this folder; no other file of 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Group:
     """Units (heads or neurons) that are removed whole: the rows that produce one and the columns that read it."""
 
     name: str
-    kind: str  # "heads" or "neurons"
+    kind: Literal["heads", "neurons"]
     rows: tuple[Span, ...]
     columns: tuple[Span, ...]
     count: str | None = None  # the block's attribute that holds the number of units; None: one unit per column

@@ -53,7 +53,11 @@ def sampler_of(pipe: Any, device: str) -> Any:
 
 @torch.no_grad()
 def sample_latents(
-    sampler: Any, batches: Iterable[Embeds], call: Mapping[str, Any], seed: int, on_step: Callable[[int], None]
+    sampler: Any,
+    batches: Iterable[Embeds],
+    call: Mapping[str, Any],
+    seed: int,
+    on_step: Callable[[int], None],
 ) -> Iterator[Tensor]:
     """The final latents of each batch; on_step(i) is called before step i of the sampler.
 

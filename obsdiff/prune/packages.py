@@ -1,6 +1,7 @@
 """Module packages: what is solved between two runs of the sampler (OBS-Diff, arXiv 2510.06751)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from obsdiff.models.walk import Stage
 
@@ -12,4 +13,4 @@ def cut(stages: Sequence[Stage], packages: int) -> list[list[Stage]]:
     """
     packages = min(packages, len(stages))
     bounds = [len(stages) * i // packages for i in range(packages + 1)]
-    return [list(stages[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [list(stages[start:end]) for start, end in pairwise(bounds)]

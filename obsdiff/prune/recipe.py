@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from obsdiff.errors import InputError
@@ -39,8 +40,8 @@ class Recipe(BaseModel):
     include: str = ""
     exclude: str = ""
     seed: int = 0
-    device: str = "cpu"
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str
+    dtype: Literal["float32", "float16", "bfloat16"]
 
     @field_validator("pattern")
     @classmethod
@@ -101,6 +102,8 @@ def make_recipe(source: Source, options: Mapping[str, Any]) -> Recipe:
         "call": defaults,
     }
     given = {name: value for name, value in fallbacks.items() if value is not None} | given
+    given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    given.setdefault("dtype", "float32" if given["device"] == "cpu" else "bfloat16")
     given["prompts"] = _choose_prompts(source, given.get("prompts"), given.pop("num_prompts", 100))
     if given.get("pattern") == "structured":
         given.setdefault("blocks", "1:-1")  # the paper leaves the first and the last block alone

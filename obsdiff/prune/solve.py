@@ -97,13 +97,11 @@ def _solve_group(
     gone = torch.ones(units, dtype=torch.bool)
     gone[removal.kept] = False
     solved = Solved()
-    solved.groups.append(
-        GroupRecord(block=stage.block, name=group.name, kind=group.kind, kept=removal.kept, of=units)
-    )
-    for name, weight, error in zip(readers, removal.weights, removal.errors, strict=True):
+    solved.groups.append(GroupRecord(block=stage.block, name=group.name, kind=group.kind, kept=removal.kept, of=units))
+    for name, weight, lost in zip(readers, removal.weights, removal.errors, strict=True):
         mask = torch.ones(weight.shape, dtype=torch.bool)
         mask[:, walk.unit_entries(gone.nonzero().flatten(), units, weight.shape[1])] = False
-        solved.add(name, weight, mask, error)
+        solved.add(name, weight, mask, lost)
     for span in group.rows:
         name = f"{spec.blocks}.{stage.block}.{span.linear}"
         if f"{name}.weight" not in stored:

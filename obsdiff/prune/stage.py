@@ -137,9 +137,7 @@ def _prune_packages(
     batches = -(-len(recipe.prompts) // recipe.batch_size)
     total = len(todo) * batches * recipe.steps + sum(len(packages[k]) for k in todo)
     with progress.task("encoding prompts", total):
-        embeds = calibration.encode_prompts(
-            pipe, spec, recipe.prompts, call, recipe.batch_size, recipe.device
-        )
+        embeds = calibration.encode_prompts(pipe, spec, recipe.prompts, call, recipe.batch_size, recipe.device)
         sampler = calibration.sampler_of(pipe, recipe.device)
         for k in todo:
             title = f"package {k + 1}/{len(packages)}"

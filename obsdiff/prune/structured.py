@@ -1,6 +1,6 @@
 """Structured OBS: whole heads and neurons, which are sets of columns of the projections that read them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,16 +62,15 @@ def remove_obs(
             _remove(w, inverse, slice(unit * size, (unit + 1) * size))
     columns = alive.repeat_interleave(size)
     pruned = [
-        _refit(weight, hessian, columns).to(weight.dtype)
-        for weight, hessian in zip(weights, solvable, strict=True)
+        _refit(weight, hessian, columns).to(weight.dtype) for weight, hessian in zip(weights, solvable, strict=True)
     ]
-    errors = [relative_error(*both, hessian) for *both, hessian in zip(weights, pruned, hessians, strict=True)]
+    errors = [
+        relative_error(weight, new, hessian) for weight, new, hessian in zip(weights, pruned, hessians, strict=True)
+    ]
     return Removal(alive.nonzero().flatten().tolist(), pruned, errors)
 
 
-def remove_magnitude(
-    weights: Sequence[Tensor], hessians: Sequence[Tensor | None], units: int, keep: int
-) -> Removal:
+def remove_magnitude(weights: Sequence[Tensor], hessians: Sequence[Tensor | None], units: int, keep: int) -> Removal:
     """Removes the units whose columns have the smallest L1 norm and compensates nothing: the usual baseline."""
     _check(weights, hessians, units, keep)
     size = weights[0].shape[1] // units
@@ -81,13 +80,13 @@ def remove_magnitude(
     alive[kept] = True
     pruned = [weight * alive.repeat_interleave(size) for weight in weights]
     errors = [
-        float("nan") if hessian is None else relative_error(*both, hessian)
-        for *both, hessian in zip(weights, pruned, hessians, strict=True)
+        float("nan") if hessian is None else relative_error(weight, new, hessian)
+        for weight, new, hessian in zip(weights, pruned, hessians, strict=True)
     ]
     return Removal(kept.tolist(), pruned, errors)
 
 
-REMOVERS = {"obs": remove_obs, "magnitude": remove_magnitude}
+REMOVERS: dict[str, Callable[..., Removal]] = {"obs": remove_obs, "magnitude": remove_magnitude}
 
 
 def _inverse(hessian: Tensor) -> Tensor:

@@ -50,9 +50,7 @@ def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     return float((lost.clamp(min=0) / total).sqrt()) if total > 0 else 0.0
 
 
-def solve(
-    weight: Tensor, hessian: Tensor | None, pattern: Pattern, solver: str = "obs", **options: Any
-) -> Solution:
+def solve(weight: Tensor, hessian: Tensor | None, pattern: Pattern, solver: str = "obs", **options: Any) -> Solution:
     """Prunes one linear layer and compensates the weights that stay.
 
     weight [out, in], any floating dtype; hessian float32 [in, in], the (weighted) mean of x xᵀ over the layer's inputs,

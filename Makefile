@@ -1,0 +1,27 @@
+# Both commands do their own set-up: a virtual environment with the tested versions and torch's CPU build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format
+
+demo: $(VENV)/ready
+	$(BIN)/obsdiff demo demo
+
+test: $(VENV)/ready
+	$(BIN)/pytest -m "not gpu and not tensorrt"
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch is named by its exact version with all the rest: any other request resolves to gigabytes of CUDA packages.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e ".[dev,eval]"
+	touch $@

@@ -1,0 +1,59 @@
+"""obsdiff inspect"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from obsdiff.cli.options import Json
+from obsdiff.cli.show import human, print_json, print_table
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, a bundle, a diffusers folder, a hub id, or `fashion`.")],
+    json: Json = False,
+) -> None:
+    """Show what is in a checkpoint or bundle, after verifying it.
+
+    Per layer: shape, sparsity, which N:M pattern it really has, heads or neurons that stay, relative output error on
+    the calibration inputs. In total: parameters, MACs of one denoiser call (one image, the model's own size), bytes.
+
+    Example: obsdiff inspect pruned
+    """
+    from obsdiff.export.inspect import inspect
+
+    found = inspect(path)
+    if json:
+        return print_json(found)
+    print_table(("", "value"), [(name, str(value)) for name, value in found["about"].items()])
+    totals = found["totals"]
+    typer.echo()
+    print_table(
+        ("denoiser", "dense", "here", "ratio"),
+        [
+            (name, human(dense, unit), human(here, unit), f"{here / dense:.3f}")
+            for name, unit, (dense, here) in (
+                ("parameters", "", totals["parameters"]),
+                ("nonzero parameters", "", totals["nonzero"]),
+                ("MACs a call", "", totals["macs"]),
+                ("bytes on disk", "B", totals["bytes"]),
+            )
+        ],
+    )
+    if found["layers"]:
+        typer.echo()
+        print_table(
+            ("layer", "shape", "sparsity", "N:M", "units", "error"),
+            [
+                (
+                    layer["name"],
+                    "×".join(map(str, layer["shape"])),
+                    f"{layer['sparsity']:.3f}",
+                    layer["nm"] or "-",
+                    layer["units"] or "-",
+                    "-" if layer["error"] is None else f"{layer['error']:.4f}",
+                )
+                for layer in found["layers"]
+            ],
+        )
+    return None

@@ -1,0 +1,107 @@
+"""What a checkpoint or bundle holds, verified and counted."""
+
+from pathlib import Path
+from typing import Any
+
+from obsdiff import checkpoint
+from obsdiff.checkpoint import StoredWeights
+from obsdiff.export.bundle import WEIGHTS, open_bundle
+from obsdiff.export.totals import count_nonzero, count_totals, default_axes
+from obsdiff.models.source import MANIFEST, Source, find_source
+from obsdiff.prune.solvers.patterns import NM, is_nm
+
+PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8))
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What `obsdiff inspect` prints: `about`, `totals` as [dense, here] pairs, and a row for each pruned layer.
+
+    Raises InputError when the path is no model, checkpoint or bundle, or does not agree with its own records.
+    """
+    if (Path(path) / MANIFEST).exists():
+        return _inspect_bundle(Path(path))
+    return _inspect_source(find_source(path))
+
+
+def _inspect_source(source: Source) -> dict[str, Any]:
+    info = checkpoint.read_info(source.path)
+    stored = StoredWeights(source.denoiser_path)
+    masks = {}
+    if info:
+        checkpoint.verify(source, info)
+        masks = checkpoint.read_masks(source.path, info)
+    size = sum(file.stat().st_size for file in stored.files)
+    axes, groups = default_axes(source), info.groups if info else []
+    dense = count_totals(source, [], axes, 1)
+    here = count_totals(source, groups, axes, 1)
+    units = {
+        f"{source.spec.blocks}.{record.block}.{span.linear}": f"{len(record.kept)} of {record.of} {record.kind}"
+        for record in groups
+        for group in source.spec.groups
+        if group.name == record.name
+        for span in group.rows + group.columns
+    }
+    about: dict[str, Any] = {
+        "kind": "pruned checkpoint" if info else "dense model",
+        "pipeline": source.index["_class_name"],
+        "denoiser": source.spec.denoiser,
+        "weights": sorted({str(stored[name].dtype).removeprefix("torch.") for name in list(stored)[:1]})[0],
+    }
+    if info:
+        about |= {
+            "base": info.base["name"],
+            "pattern": info.recipe["pattern"],
+            "solver": info.recipe["solver"],
+            "calibration": f"{len(info.recipe['prompts'])} prompts, {info.recipe['steps']} steps",
+            "after export": "heads and neurons that were pruned are gone" if groups else "same shapes, with zeros",
+        }
+    return {
+        "about": about,
+        "totals": {
+            "parameters": [dense.parameters, here.parameters],
+            "nonzero": [dense.parameters, count_nonzero(stored)],
+            "macs": [dense.macs, here.macs],
+            "bytes": [size, size],
+        },
+        "layers": [
+            {
+                **layer.model_dump(),
+                "nm": next((str(nm) for nm in PATTERNS if is_nm(masks[layer.name], nm)), None),
+                "units": units.get(layer.name),
+            }
+            for layer in (info.layers if info else [])
+        ],
+    }
+
+
+def _inspect_bundle(bundle: Path) -> dict[str, Any]:
+    manifest = open_bundle(bundle)
+    dense, here = manifest.dense, manifest.totals
+    recipe = manifest.recipe or {}
+    axes = {
+        name: f"{axis.min} to {axis.max}" + (f" in steps of {axis.multiple}" if axis.multiple > 1 else "")
+        for name, axis in manifest.axes.items()
+    }
+    checks = {f"{name} against PyTorch": f"{check.relative_error:.1e}" for name, check in manifest.formats.items()}
+    return {
+        "about": {
+            "kind": "bundle",
+            "pipeline": manifest.pipeline,
+            "denoiser": manifest.denoiser,
+            "base": manifest.base["name"],
+            "pattern": recipe.get("pattern", "dense"),
+            "precision": manifest.precision,
+            **checks,
+            **axes,
+            "files": len(manifest.files),
+            "bytes of all files": sum(file.bytes for file in manifest.files.values()),
+        },
+        "totals": {
+            "parameters": [dense.parameters, here.parameters],
+            "nonzero": [dense.parameters, here.nonzero],
+            "macs": [dense.macs, here.macs],
+            "bytes": [dense.bytes, manifest.files[WEIGHTS].bytes],
+        },
+        "layers": [],
+        "groups": [record.model_dump() for record in manifest.groups],
+    }

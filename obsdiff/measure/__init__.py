@@ -1,0 +1,1 @@
+"""Measurements: latency, quality, and the report that shows them."""
