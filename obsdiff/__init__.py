@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from obsdiff.runtime.pipeline import load
 
 _HOME = {
-    "prune": "obsdiff.prune.stage",
-    "export": "obsdiff.export.stage",
     "load": "obsdiff.runtime.pipeline",
     "bench": "obsdiff.measure.latency",
     "ObsdiffError": "obsdiff.errors",
@@ -32,14 +30,18 @@ _HOME = {
     "GateError": "obsdiff.errors",
 }
 
+_STAGES = ("prune", "export")  # packages that can be called: see obsdiff.callable
+
 __all__ = ["GateError", "InputError", "ObsdiffError", "bench", "export", "load", "prune"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _STAGES:
+        return importlib.import_module(f"obsdiff.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'obsdiff' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_STAGES})

@@ -7,7 +7,7 @@ OUT/                    loads with plain DiffusionPipeline.from_pretrained
 """
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -99,17 +99,15 @@ def read_info(path: Path) -> CheckpointInfo | None:
         raise InputError(f"{path / INFO} is not a recipe that obsdiff wrote: {where}: {first['msg']}") from None
 
 
-class StoredWeights(Mapping[str, Tensor]):
-    """The denoiser's tensors as they are stored, read one at a time; `files` lists the shards."""
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of several safetensors files by name, read one at a time when they are asked for.
 
-    def __init__(self, folder: Path):
-        index = folder / f"{WEIGHTS}.index.json"
-        if index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        else:
-            names = [WEIGHTS]
-        self.files = [folder / name for name in names]
-        self._home = {name: file for file in self.files for name in _names(file, folder)}
+    Raises InputError for a file that is missing, truncated or something else.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = list(files)
+        self._home = {name: file for file in self.files for name in _names(file)}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._home[name], framework="pt") as file:
@@ -122,9 +120,7 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self._home)
 
 
-def _names(file: Path, folder: Path) -> list[str]:
-    if file.resolve().parent != folder.resolve() and file.parent != folder:
-        raise InputError(f"{file} lies outside its folder")
+def _names(file: Path) -> list[str]:
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
@@ -132,6 +128,17 @@ def _names(file: Path, folder: Path) -> list[str]:
         raise InputError(f"{file} is missing") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is truncated or is not safetensors: {error}") from None
+
+
+def denoiser_weights(folder: Path) -> TensorFiles:
+    """The denoiser's tensors as they are stored; `files` lists the shards. Raises InputError as TensorFiles does."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.exists():
+        return TensorFiles([folder / WEIGHTS])
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise InputError(f"{index} lists shards outside its folder, or none")
+    return TensorFiles([folder / name for name in names])
 
 
 def write_checkpoint(
@@ -145,7 +152,7 @@ def write_checkpoint(
     copy_files(source.path, out, skip=(source.spec.component,))
     folder = out / source.spec.component
     folder.mkdir(exist_ok=True)
-    stored = StoredWeights(source.denoiser_path)
+    stored = denoiser_weights(source.denoiser_path)
     for file in stored.files:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: pruned[name] if name in pruned else opened.get_tensor(name) for name in opened.keys()}
@@ -185,7 +192,7 @@ def read_masks(path: Path, info: CheckpointInfo) -> dict[str, Tensor]:
 
 def verify(source: Source, info: CheckpointInfo) -> None:
     """Raises InputError when a weight is not zero where its mask says so: the checkpoint was changed afterwards."""
-    weights = StoredWeights(source.denoiser_path)
+    weights = denoiser_weights(source.denoiser_path)
     for name, mask in read_masks(source.path, info).items():
         weight = weights.get(f"{name}.weight")
         if weight is None or weight.shape != mask.shape:

@@ -1,1 +1,8 @@
-"""Stage two: masks made physical, graphs and engines, and the proof that they compute the same."""
+"""Stage two: masks made physical, graphs, and the proof that they compute the same.
+
+Callable: see obsdiff.export.stage.export.
+"""
+
+from obsdiff.callable import make_callable
+
+make_callable(__name__, "export")

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff import checkpoint
-from obsdiff.checkpoint import StoredWeights
 from obsdiff.export.bundle import WEIGHTS, open_bundle
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
 from obsdiff.models.source import MANIFEST, Source, find_source
@@ -25,7 +24,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def _inspect_source(source: Source) -> dict[str, Any]:
     info = checkpoint.read_info(source.path)
-    stored = StoredWeights(source.denoiser_path)
+    stored = checkpoint.denoiser_weights(source.denoiser_path)
     masks = {}
     if info:
         checkpoint.verify(source, info)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from obsdiff.models import ModelSpec
 from obsdiff.prune.hessian import Hessian
+from obsdiff.prune.recipe import Recipe
+from obsdiff.prune.timesteps import WEIGHTINGS
 
 Embeds = dict[str, Tensor]
-Weighting = Callable[[int], Tensor]
 
 
 @torch.no_grad()
@@ -90,12 +91,11 @@ def collect(
     denoiser: nn.Module,
     inputs: Sequence[tuple[str, ...]],
     batches: Sequence[Embeds],
-    call: Mapping[str, Any],
-    seed: int,
-    weighting: Weighting,
+    recipe: Recipe,
     on_step: Callable[[int], None],
 ) -> dict[tuple[str, ...], Hessian]:
     """One Hessian for each tuple of linears that share an input, over one run of the sampler on all batches."""
+    call, weighting = recipe.call_options, WEIGHTINGS[recipe.timestep_weighting]
     modules = {names: denoiser.get_submodule(names[0]) for names in inputs}
     device = next(denoiser.parameters()).device
     hessians = {names: Hessian(int(module.in_features), device) for names, module in modules.items()}  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def collect(
     with contextlib.ExitStack() as hooks:
         for names, module in modules.items():
             hooks.callback(module.register_forward_pre_hook(hook(hessians[names])).remove)
-        for _latents in sample_latents(sampler, batches, call, seed, step_starts):
+        for _latents in sample_latents(sampler, batches, call, recipe.seed, step_starts):
             pass
     return hessians
 

@@ -35,12 +35,6 @@ class Solved:
         shape = (weight.shape[0], weight.shape[1])
         self.layers.append(LayerRecord(name=name, shape=shape, sparsity=sparsity, error=error))
 
-    def extend(self, other: "Solved") -> None:
-        self.tensors |= other.tensors
-        self.masks |= other.masks
-        self.layers += other.layers
-        self.groups += other.groups
-
 
 def solve_stage(
     stage: Stage,

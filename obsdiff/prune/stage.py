@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from obsdiff import checkpoint
-from obsdiff.checkpoint import CheckpointInfo, StoredWeights
+from obsdiff.checkpoint import CheckpointInfo
 from obsdiff.errors import InputError
 from obsdiff.files import folder_hash, read_json, write_json, write_tensors
 from obsdiff.models import walk
-from obsdiff.models.source import Source, find_source, load_pipeline
+from obsdiff.models.source import Source, find_source, load_pipeline, quiet_libraries
 from obsdiff.models.walk import Stage
 from obsdiff.progress import Progress
 from obsdiff.prune import calibration
@@ -24,7 +24,6 @@ from obsdiff.prune.packages import cut
 from obsdiff.prune.recipe import Recipe, make_recipe
 from obsdiff.prune.solve import Solved, solve_stage
 from obsdiff.prune.solvers.patterns import check_width
-from obsdiff.prune.timesteps import WEIGHTINGS
 
 STATE = "state.json"
 MASK = "mask/"
@@ -60,9 +59,8 @@ def prune(
         progress.message(f"{out} is finished already")
         return done
     _check_device(recipe.device)
-    pipe = load_pipeline(source, getattr(torch, recipe.dtype))
-    stages = _plan(pipe.components[source.spec.component], source, recipe)
-    saved = _prune_packages(source, recipe, pipe, stages, work, progress)
+    with quiet_libraries():
+        saved = _prune_packages(source, recipe, work, progress)
     info = _finish(source, identity, saved, work)
     if out.exists():
         shutil.rmtree(out)
@@ -77,6 +75,7 @@ def _claim(out: Path, work: Path, identity: Mapping[str, Any], restart: bool) ->
         info = checkpoint.read_info(out) if out.is_dir() else None
         same = info is not None and {"base": info.base, "recipe": info.recipe} == identity
         if same and not restart:
+            shutil.rmtree(work, ignore_errors=True)  # killed between the last two steps
             return info
         if info is None:
             raise InputError(f"{out} exists and is not a pruned checkpoint: choose another name")
@@ -119,47 +118,47 @@ def _plan(denoiser: nn.Module, source: Source, recipe: Recipe) -> list[Stage]:
     return stages
 
 
-def _prune_packages(
-    source: Source, recipe: Recipe, pipe: Any, stages: list[Stage], work: Path, progress: Progress
-) -> list[Path]:
-    """Solves package after package, each saved when it is done and taken from disk when it was done before."""
-    spec, stored = source.spec, StoredWeights(source.denoiser_path)
+def _prune_packages(source: Source, recipe: Recipe, work: Path, progress: Progress) -> list[Path]:
+    """Solves package after package, each saved when it is done and taken from disk when it was done before.
+
+    A package is a folder with one file a stage: only one stage's tensors are held beside the model and the Hessians.
+    Returns the files in forward order.
+    """
+    spec, stored = source.spec, checkpoint.denoiser_weights(source.denoiser_path)
+    pipe = load_pipeline(source, getattr(torch, recipe.dtype))
     denoiser = pipe.components[spec.component]
-    packages = cut(stages, recipe.packages)
-    saved = [work / f"package-{k:03}.safetensors" for k in range(len(packages))]
-    todo = [k for k, path in enumerate(saved) if not path.exists()]
-    for k, path in enumerate(saved):
-        if k not in todo:
+    packages = cut(_plan(denoiser, source, recipe), recipe.packages)
+    folders = [work / f"package-{k:03}" for k in range(len(packages))]
+    todo = [k for k, folder in enumerate(folders) if not folder.exists()]
+    for folder in folders[: todo[0] if todo else None]:
+        for path in sorted(folder.iterdir()):
             _apply(denoiser, load_file(path))
-    if not todo:
-        return saved
-    call = recipe.call_options
     batches = -(-len(recipe.prompts) // recipe.batch_size)
     total = len(todo) * batches * recipe.steps + sum(len(packages[k]) for k in todo)
     with progress.task("encoding prompts", total):
-        embeds = calibration.encode_prompts(pipe, spec, recipe.prompts, call, recipe.batch_size, recipe.device)
+        embeds = calibration.encode_prompts(
+            pipe, spec, recipe.prompts, recipe.call_options, recipe.batch_size, recipe.device
+        )
         sampler = calibration.sampler_of(pipe, recipe.device)
         for k in todo:
             title = f"package {k + 1}/{len(packages)}"
-            hessians = calibration.collect(
-                sampler,
-                denoiser,
-                [shared for stage in packages[k] for shared in stage.linears],
-                embeds,
-                call,
-                recipe.seed,
-                WEIGHTINGS[recipe.timestep_weighting],
-                lambda step, title=title: progress.advance(min(step, 1), f"{title}: calibrating"),  # type: ignore[misc]
-            )
-            solved = Solved()
-            for stage in packages[k]:
-                result = solve_stage(stage, hessians, stored, denoiser, spec, recipe)
-                solved.extend(result)
-                errors = [layer.error for layer in result.layers if layer.error is not None]
-                progress.advance(1, f"{title}: {stage.name} error {max(errors):.3f}")
-            _apply(denoiser, solved.tensors)
-            _save_package(saved[k], solved)
-    return saved
+
+            def on_step(step: int, title: str = title) -> None:
+                progress.advance(min(step, 1), f"{title}: calibrating")
+
+            inputs = [shared for stage in packages[k] for shared in stage.linears]
+            hessians = calibration.collect(sampler, denoiser, inputs, embeds, recipe, on_step)
+            part = folders[k].with_name(f"{folders[k].name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            for number, stage in enumerate(packages[k]):
+                solved = solve_stage(stage, hessians, stored, denoiser, spec, recipe)
+                _apply(denoiser, solved.tensors)
+                _save_stage(part / f"{number:04}.safetensors", solved)
+                worst = max(layer.error for layer in solved.layers if layer.error is not None)
+                progress.advance(1, f"{title}: solving {stage.name}, error {worst:.3f}")
+            part.rename(folders[k])
+    return [path for folder in folders for path in sorted(folder.iterdir())]
 
 
 def _apply(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -170,7 +169,7 @@ def _apply(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 parameters[name].copy_(tensor)
 
 
-def _save_package(path: Path, solved: Solved) -> None:
+def _save_stage(path: Path, solved: Solved) -> None:
     masks = {f"{MASK}{name}": checkpoint.pack(mask) for name, mask in solved.masks.items()}
     records = {
         "layers": [record.model_dump() for record in solved.layers],
@@ -181,13 +180,12 @@ def _save_package(path: Path, solved: Solved) -> None:
 
 def _finish(source: Source, identity: Mapping[str, Any], saved: list[Path], work: Path) -> CheckpointInfo:
     """Puts the packages together as a checkpoint in work/result."""
-    layers, groups, tensors = [], [], {}
+    layers, groups = [], []
     for path in saved:
         with safe_open(path, framework="pt") as file:
             records = json.loads(file.metadata()["records"])
         layers += records["layers"]
         groups += records["groups"]
-        tensors.update(load_file(path))
     info = CheckpointInfo(
         **identity,
         versions=checkpoint.versions(),
@@ -199,6 +197,7 @@ def _finish(source: Source, identity: Mapping[str, Any], saved: list[Path], work
     if result.exists():
         shutil.rmtree(result)
     result.mkdir()
-    masks = {name.removeprefix(MASK): tensor for name, tensor in tensors.items() if name.startswith(MASK)}
+    tensors = checkpoint.TensorFiles(saved)
+    masks = {name.removeprefix(MASK): tensors[name] for name in tensors if name.startswith(MASK)}
     checkpoint.write_checkpoint(source, info, tensors, masks, result)
     return info
