@@ -15,9 +15,9 @@ from obsdiff.files import whole
 
 PALETTE = ("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9")  # Okabe and Ito, for all eyes
 QUALITIES = {
-    "latent_error": ("Latent error", "0 is the dense model's own picture; lower is better", 0.0),
-    "item_accuracy": ("Item accuracy", "share of pictures whose item is right; higher is better", None),
-    "colour_accuracy": ("Colour accuracy", "share of pictures whose colour is right; higher is better", None),
+    "latent_error": ("Latent error", "0 is the dense model's own picture; lower is better"),
+    "item_accuracy": ("Item accuracy", "share of pictures whose item is right; higher is better"),
+    "colour_accuracy": ("Colour accuracy", "share of pictures whose colour is right; higher is better"),
 }
 
 
@@ -187,9 +187,7 @@ def _milliseconds(value: float) -> str:
     return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
 
 
-def _bars(
-    variants: Sequence[Variant], name: str, title: str, meaning: str, _best: float | None
-) -> dict[str, Any] | None:
+def _bars(variants: Sequence[Variant], name: str, title: str, meaning: str) -> dict[str, Any] | None:
     values = [(v.name, v.quality[name]) for v in variants if name in v.quality]
     top = max((value for _, value in values), default=0.0)
     if not values or not top:
@@ -203,7 +201,7 @@ def _costs(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     charts = []
     for batch in variants[0].latency:
         timed = [(v.name, v.latency[batch].median_ms) for v in variants if batch in v.latency]
-        charts.append(_cost(f"Latency, {batch}", "median of a batch", timed, _milliseconds, "× faster"))
+        charts.append(_cost(f"Latency, {batch}", "median of a batch", timed, _milliseconds, "× as fast"))
     for name, title, unit in (("macs", "MACs of a denoiser call", ""), ("nonzero", "Nonzero parameters", "")):
         sizes = [(v.name, float(getattr(v, name))) for v in variants]
         charts.append(_cost(title, "denoiser", sizes, lambda x, unit=unit: human(x, unit), "× of dense"))
@@ -212,7 +210,7 @@ def _costs(variants: Sequence[Variant]) -> list[dict[str, Any]]:
 
 def _cost(title: str, meaning: str, values: list[tuple[str, float]], say: Any, kind: str) -> dict[str, Any]:
     top, first = max(value for _, value in values), values[0][1]
-    ratio = (lambda value: first / value) if "faster" in kind else (lambda value: value / first)
+    ratio = (lambda value: first / value) if "fast" in kind else (lambda value: value / first)
     rows = [
         {"name": name, "text": f"{say(value)}{f'  {ratio(value):.2f} {kind}' if k else ''}", "share": value / top}
         for k, (name, value) in enumerate(values)
