@@ -23,9 +23,10 @@ def shrink(denoiser: nn.Module, spec: ModelSpec, groups: Iterable[GroupRecord]) 
         if group is None or not 0 <= record.block < len(walk.blocks_of(denoiser, spec)):
             raise InputError(f"{prefix}{record.name}: the {spec.title} family has no such group")
         units = walk.unit_count(denoiser, spec, record.block, group)
-        kept = torch.tensor(sorted(set(record.kept)), dtype=torch.long)
-        if units != record.of or len(kept) != len(record.kept) or not len(kept) or not 0 <= kept[0] <= kept[-1] < units:
+        distinct = set(record.kept)
+        if units != record.of or len(distinct) != len(record.kept) or not distinct or not distinct <= set(range(units)):
             raise InputError(f"{prefix}{record.name}: keeps {record.kept} of {record.of}, but the denoiser has {units}")
+        kept = torch.tensor(sorted(distinct))
         for spans, axis in ((group.rows, 0), (group.columns, 1)):
             for span in spans:
                 if walk.has(denoiser, prefix + span.linear):

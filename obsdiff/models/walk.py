@@ -42,7 +42,9 @@ def parse_blocks(text: str, count: int) -> range:
 
 
 def linear(denoiser: nn.Module, name: str) -> nn.Linear:
-    """The linear of that full name. Raises InputError when something else is there."""
+    """The linear of that full name. Raises InputError when nothing or something else is there."""
+    if not has(denoiser, name):
+        raise InputError(f"{name} is not there: the denoiser has no such linear")
     module = denoiser.get_submodule(name)
     if not isinstance(module, nn.Linear):
         raise InputError(

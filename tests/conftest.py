@@ -1,0 +1,68 @@
+"""Models that every test may use: a random SD3 with the oddities of the family, and prunes of the embedded one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+QUICK: dict[str, Any] = {"num_prompts": 4, "steps": 2, "batch_size": 4, "packages": 2, "device": "cpu"}
+"""Options of a prune that takes about a second."""
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SD3 pipeline around the embedded model's encoders and decoder, in float32.
+
+    3 blocks of 4 heads of 8: the first with a second attention (SD3.5-medium), all with query and key norms, the last
+    without a context output.
+    """
+    from diffusers import SD3Transformer2DModel
+
+    from obsdiff.models.source import find_source, load_pipeline
+
+    torch.manual_seed(0)
+    source = find_source("fashion")
+    config = {
+        **source.config,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "num_layers": 3,
+        "caption_projection_dim": 32,
+        "dual_attention_layers": [0],
+        "qk_norm": "rms_norm",
+    }
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    transformer = SD3Transformer2DModel.from_config(config)
+    with torch.no_grad():  # as it is initialised, a block adds too little to its input for a test to see
+        for name, parameter in transformer.transformer_blocks.named_parameters():
+            if name.endswith("weight") and parameter.ndim == 2:
+                parameter.mul_(3)
+    load_pipeline(source, torch.float32, transformer=transformer).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(dict(source.defaults)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of the embedded model by pattern: 2:4, unstructured, structured. To read, not to change."""
+    from obsdiff.prune.stage import prune
+
+    folder = tmp_path_factory.mktemp("pruned")
+    paths = {pattern: folder / pattern.replace(":", "-") for pattern in ("2:4", "unstructured", "structured")}
+    for pattern, path in paths.items():
+        prune("fashion", path, pattern=pattern, **QUICK)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def bundles(pruned: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundles of the embedded model: dense and structured. To read, not to change."""
+    from obsdiff.export.stage import export
+
+    folder = tmp_path_factory.mktemp("bundles")
+    paths = {"dense": folder / "dense", "structured": folder / "structured"}
+    export("fashion", paths["dense"])
+    export(pruned["structured"], paths["structured"])
+    return paths
