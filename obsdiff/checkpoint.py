@@ -14,18 +14,29 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from obsdiff.errors import InputError
 from obsdiff.files import copy_files, read_json, write_json, write_tensors
+from obsdiff.models import GroupRecord
 from obsdiff.models.source import INFO, Source
 
 SCHEMA_VERSION = 1
 MASKS = "masks.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
+NEEDED = {"base": ("name", "sha256"), "recipe": ("pattern", "solver", "prompts", "steps")}
+
+
+class ChoiceRecord(BaseModel):
+    """What `auto` took for a layer: relative output errors on held-out prompts, its own and that of plain OBS."""
+
+    solver: str
+    damping: float
+    error: float
+    obs_error: float
 
 
 class LayerRecord(BaseModel):
@@ -35,16 +46,20 @@ class LayerRecord(BaseModel):
     shape: tuple[int, int]
     sparsity: float
     error: float | None
+    choice: ChoiceRecord | None = None
 
 
-class GroupRecord(BaseModel):
-    """One group that lost heads or neurons: the indexes of the units that stay, of how many."""
+class Allocation(BaseModel):
+    """amounts: sparsity by linear, or units that stay by group stage. `reached` is the measured speed-up or the exact
+    size when one was asked for; latency: milliseconds of a block by stage and units left."""
 
-    block: int
-    name: str
-    kind: Literal["heads", "neurons"]
-    kept: list[int]
-    of: int
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["owl", "error"]
+    amounts: dict[str, float]
+    asked: float | None = None
+    reached: float | None = None
+    latency: dict[str, dict[int, float]] = {}
 
 
 class CheckpointInfo(BaseModel):
@@ -57,6 +72,14 @@ class CheckpointInfo(BaseModel):
     recipe: dict[str, Any]
     layers: list[LayerRecord]
     groups: list[GroupRecord]
+    allocation: Allocation | None = None
+
+    @field_validator("base", "recipe")
+    @classmethod
+    def _complete(cls, value: dict[str, Any], field: ValidationInfo) -> dict[str, Any]:
+        if missing := [name for name in NEEDED[str(field.field_name)] if name not in value]:
+            raise ValueError(f"{missing[0]} is missing")
+        return value
 
 
 def versions() -> dict[str, str]:
@@ -135,10 +158,12 @@ def denoiser_weights(folder: Path) -> TensorFiles:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.exists():
         return TensorFiles([folder / WEIGHTS])
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if not names or any(Path(name).name != name for name in names):
+    value = read_json(index)
+    found = value.get("weight_map") if isinstance(value, dict) else None
+    names = list(found.values()) if isinstance(found, dict) else []
+    if not names or not all(isinstance(name, str) and name == Path(name).name not in ("", "..") for name in names):
         raise InputError(f"{index} lists shards outside its folder, or none")
-    return TensorFiles([folder / name for name in names])
+    return TensorFiles([folder / name for name in sorted(set(names))])
 
 
 def write_checkpoint(

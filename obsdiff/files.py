@@ -24,6 +24,9 @@ def whole(path: Path) -> Iterator[Path]:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:  # a full disk says that it is full, and not where
+        error.filename = error.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -39,7 +42,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
@@ -85,4 +88,8 @@ def copy_files(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
     for name, path in folder_files(source).items():
         if name.split("/")[0] not in skip:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)
+            try:
+                shutil.copyfile(path, target / name)
+            except OSError as error:  # it names the file that was read first, but a full disk is the other's
+                error.filename, error.filename2 = error.filename2 or error.filename, None
+                raise

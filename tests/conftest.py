@@ -11,13 +11,8 @@ QUICK: dict[str, Any] = {"num_prompts": 4, "steps": 2, "batch_size": 4, "package
 """Options of a prune that takes about a second."""
 
 
-@pytest.fixture(scope="session")
-def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random SD3 pipeline around the embedded model's encoders and decoder, in float32.
-
-    3 blocks of 4 heads of 8: the first with a second attention (SD3.5-medium), all with query and key norms, the last
-    without a context output.
-    """
+def make_sd3(folder: Path, **changes: Any) -> Path:
+    """Saves a random SD3 pipeline around the embedded model's encoders and decoder, in float32: 4 heads of 8."""
     from diffusers import SD3Transformer2DModel
 
     from obsdiff.models.source import find_source, load_pipeline
@@ -28,12 +23,9 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **source.config,
         "attention_head_dim": 8,
         "num_attention_heads": 4,
-        "num_layers": 3,
         "caption_projection_dim": 32,
-        "dual_attention_layers": [0],
-        "qk_norm": "rms_norm",
+        **changes,
     }
-    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
     transformer = SD3Transformer2DModel.from_config(config)
     with torch.no_grad():  # as it is initialised, a block adds too little to its input for a test to see
         for name, parameter in transformer.transformer_blocks.named_parameters():
@@ -42,6 +34,20 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     load_pipeline(source, torch.float32, transformer=transformer).save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(dict(source.defaults)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SD3 with the oddities of the family: the first of its 3 blocks has a second attention (SD3.5-medium),
+    all have query and key norms, the last has no context output."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    return make_sd3(folder, num_layers=3, dual_attention_layers=[0], qk_norm="rms_norm")
+
+
+@pytest.fixture(scope="session")
+def one_block_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SD3 with one block: what is traced fastest."""
+    return make_sd3(tmp_path_factory.mktemp("models") / "one-block-sd3", num_layers=1)
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +72,23 @@ def bundles(pruned: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     export("fashion", paths["dense"])
     export(pruned["structured"], paths["structured"])
     return paths
+
+
+@pytest.fixture(scope="session")
+def one_block_bundle(one_block_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the model with one block, with its graph. To read or copy."""
+    from obsdiff.export.stage import export
+
+    bundle = tmp_path_factory.mktemp("bundles") / "one-block"
+    export(one_block_sd3, bundle)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def graphless(one_block_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the model with one block, without a graph: it runs on the torch backend alone. To read or copy."""
+    from obsdiff.export.stage import export
+
+    bundle = tmp_path_factory.mktemp("bundles") / "graphless"
+    export(one_block_sd3, bundle, formats=())
+    return bundle

@@ -15,13 +15,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",  # in "rich", a help text's [default: ...] is taken for markup and lost
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune, compile and run diffusers text-to-image pipelines.\n\n"
-    "\b\n"
-    "  obsdiff prune MODEL pruned --pattern 2:4\n"
-    "  obsdiff export pruned bundle\n"
-    "  obsdiff run bundle 'a red ankle boot' --out boot.png\n\n"
+    "* obsdiff prune MODEL pruned --pattern 2:4\n"
+    "* obsdiff export pruned bundle\n"
+    "* obsdiff run bundle 'a red ankle boot' --out boot.png\n\n"
     "MODEL is a local diffusers folder, a hub id, or `fashion`, the small model that ships with obsdiff.",
 )
 for module in (demo, prune, export, inspect, run, bench, models):
@@ -51,7 +50,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         app(arguments, standalone_mode=True)
     except ObsdiffError as error:
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != 130:  # typer's word for a KeyboardInterrupt
+            raise
         fail("interrupted; the same command goes on where it can", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,6 +16,8 @@ def command(
     """Run the whole path on the embedded model, from prune to bench, and write OUT/report.html.
 
     About two minutes on two CPU cores; offline. Run again, it uses what is there.
+
+    Example: obsdiff demo report
     """
     from obsdiff.demo import demo
 

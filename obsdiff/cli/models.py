@@ -5,7 +5,10 @@ from obsdiff.cli.show import print_json, print_table
 
 
 def command(json: Json = False) -> None:
-    """List the denoiser families that obsdiff knows and what each supports."""
+    """List the denoiser families that obsdiff knows and what each supports.
+
+    Example: obsdiff models --json
+    """
     from obsdiff.models import FAMILIES
 
     rows = [

@@ -13,8 +13,11 @@ def command(
     model: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or `fashion`.")],
     out: Annotated[Path, typer.Argument(help="Where the pruned checkpoint (a diffusers folder) goes.")],
     pattern: Annotated[
-        str, typer.Option(help="unstructured, N:M (2:4 for sparse tensor cores), or structured.")
-    ] = "2:4",
+        str | None,
+        typer.Option(
+            help="unstructured, N:M (2:4 for sparse tensor cores), structured, or structured+N:M. [default: 2:4]"
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None,
         typer.Option(help="Share of weights, or of heads and neurons, that goes. [default: 0.5; structured: 0.3]"),
@@ -29,8 +32,27 @@ def command(
         int | None,
         typer.Option(help="structured: FFN widths stay multiples of this. [default: 64, 8 below 1024]"),
     ] = None,
-    solver: Annotated[str, typer.Option(help="obs, wanda or magnitude.")] = "obs",
-    damping: Annotated[float, typer.Option(help="obs: share of the mean diagonal added to H.")] = 0.01,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform (the paper), owl, or error: more where it changes the denoiser's output less. "
+            "[default: error for unstructured and structured with the solver auto]"
+        ),
+    ] = None,
+    target_size: Annotated[
+        float | None, typer.Option(help="structured: the share of the denoiser's parameters that may be left.")
+    ] = None,
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(help="structured: how many times as fast the denoiser must be, measured on this device in torch."),
+    ] = None,
+    solver: Annotated[
+        str,
+        typer.Option(help="auto (the best of obs and alps on held-out prompts), obs, alps, dsnot, wanda or magnitude."),
+    ] = "auto",
+    damping: Annotated[
+        float | None, typer.Option(help="obs, alps: share of H's diagonal added to it. [default: 0.01; alps: 0.1]")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Calibration prompts: text (one a line) or JSON lines. [default: ones that ship]"),
@@ -41,9 +63,19 @@ def command(
     width: Side = None,
     guidance_scale: Guidance = None,
     batch_size: Annotated[int, typer.Option(help="Prompts in one calibration call.")] = 8,
+    calibration: Annotated[
+        str,
+        typer.Option(help="sampler: one run for each package; stream: one run in all, carried block by block."),
+    ] = "sampler",
     packages: Annotated[
-        int, typer.Option(help="Runs of the sampler: 1 is cheapest, more see the pruning before them.")
-    ] = 4,
+        int | None,
+        typer.Option(help="sampler: 1 run is cheapest, more see the pruning before them. [default: 4]"),
+    ] = None,
+    token_share: Annotated[float, typer.Option(help="Share of the tokens that is calibrated on.")] = 1,
+    cache_gb: Annotated[float, typer.Option(help="stream: memory for activations; more goes to OUT.partial.")] = 8,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="stream: keep the model on the CPU, one block at a time on the device.")
+    ] = False,
     timestep_weighting: Annotated[
         str, typer.Option(help="log-decrease, log-increase, linear-decrease, linear-increase or uniform.")
     ] = "log-decrease",

@@ -46,8 +46,6 @@ def command(
         "negative_prompt": negative_prompt,
     }
     paths = output_paths(out, len(prompt))
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
     with progress.task("loading", 1 + len(prompt)):
         pipe = load(bundle, backend, device)
         options = call_options(pipe, bundle, overrides)
@@ -58,6 +56,7 @@ def command(
             start = time.perf_counter()
             (image,) = generate(pipe, [text], [seed + k], options)
             seconds = round(time.perf_counter() - start, 4)
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_png(image, path, {"prompt": text, "seed": seed + k, "model": who, **options})
             pictures.append({"file": str(path), "prompt": text, "seed": seed + k, "seconds": seconds})
     if json:

@@ -1,6 +1,7 @@
 """What commands print: progress on standard error, results on standard output, errors as one sentence."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from obsdiff import progress as base
 
@@ -24,14 +26,8 @@ err = Console(stderr=True, highlight=False)
 
 def fail(message: str, code: int) -> NoReturn:
     """Prints the sentence and exits."""
-    err.print(f"[bold red]error:[/] {_escape(' '.join(message.split()))}", soft_wrap=True)
+    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
     sys.exit(code)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def print_json(value: Any) -> None:
@@ -44,7 +40,7 @@ def _finite(value: Any) -> Any:
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
@@ -53,7 +49,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(_escape(cell) for cell in row))
+        table.add_row(*map(Text, row))  # verbatim: no markup, no emoji
     width = None if sys.stdout.isatty() else 200
     Console(highlight=False, width=width).print(table)
 
@@ -82,7 +78,7 @@ class ShownProgress(base.Progress):
         if err.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -99,12 +95,12 @@ class ShownProgress(base.Progress):
         if self._bar and self._depth == 1:
             self._bar.advance(self._bar.task_ids[0], count)
         if note and self._bar:
-            self._bar.update(self._bar.task_ids[0], description=_escape(note))
+            self._bar.update(self._bar.task_ids[0], description=note)
         elif note:
             self._say(note)
 
     def message(self, text: str) -> None:
-        err.print(_escape(text))
+        err.print(Text(text), soft_wrap=True)
 
     def finish(self) -> None:
         self._depth -= 1
@@ -116,5 +112,5 @@ class ShownProgress(base.Progress):
         """Without a terminal: what is new about the step, up to its colon, and nothing twice."""
         step = note.split(" error ")[0].rsplit(" transformer_blocks", 1)[0]
         if not err.is_terminal and step != self._last:
-            err.print(_escape(step))
+            err.print(Text(step), soft_wrap=True)
             self._last = step

@@ -1,22 +1,24 @@
 """The bundle: what is in the folder, said by its manifest and verified against it.
 
-    BUNDLE/
-      manifest.json          Manifest
-      model_index.json, generation_config.json, and the untouched diffusers components
-      denoiser/config.json, model.safetensors     the shrunk weights; `groups` in the manifest rebuilds the module
-      denoiser/model.onnx (+ model.onnx.data past 2 GB)
+BUNDLE/
+  manifest.json          Manifest
+  model_index.json, generation_config.json, and the untouched diffusers components
+  denoiser/config.json, model.safetensors     the shrunk weights; `groups` in the manifest rebuilds the module
+  denoiser/model.onnx (+ model.onnx.data past 2 GB)
 """
 
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from obsdiff.checkpoint import GroupRecord
 from obsdiff.errors import InputError
 from obsdiff.files import folder_files, read_json, sha256
+from obsdiff.models import GroupRecord, find_spec
 from obsdiff.models.source import MANIFEST
+from obsdiff.models.spec import AXES
 
 SCHEMA_VERSION = 1
 WEIGHTS = "denoiser/model.safetensors"
@@ -29,6 +31,8 @@ def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or "\\" in path or ":" in parts[0] or ".." in parts:
         raise ValueError(f"the path {path!r} leaves the bundle")
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path) or max(len(part.encode()) for part in parts) > 255:
+        raise ValueError(f"the path {path!r} has control characters or is too long")
     return path
 
 
@@ -48,6 +52,12 @@ class Axis(_Model):
     opt: int = Field(ge=1)
     max: int = Field(ge=1)
     multiple: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Axis":
+        if not self.min <= self.opt <= self.max:
+            raise ValueError("needs min <= opt <= max")
+        return self
 
     def allows(self, size: int) -> bool:
         return self.min <= size <= self.max and size % self.multiple == 0
@@ -80,7 +90,7 @@ class Totals(_Model):
 
 
 class Manifest(_Model):
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
     pipeline: str
     denoiser: str
     component: str
@@ -99,6 +109,20 @@ class Manifest(_Model):
     totals: Totals
     files: dict[Annotated[str, AfterValidator(_inside)], File]
 
+    @model_validator(mode="after")
+    def _fits_its_family(self) -> "Manifest":
+        spec = find_spec(self.denoiser)
+        if self.component != spec.component:
+            raise ValueError(f"the denoiser of a {spec.family} pipeline is its {spec.component}, not {self.component}")
+        entries = (*self.inputs, *self.outputs)
+        named = [(entry.name, [axis for axis in entry.axes if isinstance(axis, str)]) for entry in entries]
+        wanted = [(entry.name, [axis for axis in entry.axes if axis in AXES]) for entry in (*spec.inputs, spec.output)]
+        if len(self.outputs) != 1 or named != wanted:
+            raise ValueError(f"the inputs and outputs are not those of {self.denoiser}")
+        if set(self.axes) != set(AXES):
+            raise ValueError(f"the axes must be {', '.join(AXES)}")
+        return self
+
 
 def read_manifest(bundle: Path) -> Manifest:
     """The manifest alone, unverified. Raises InputError with one sentence for whatever is wrong with it."""
@@ -115,15 +139,24 @@ def read_manifest(bundle: Path) -> Manifest:
         return Manifest.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
+        where = repr(".".join(map(str, first["loc"])))[1:-1][:80]
+        message = first["msg"].removeprefix("Value error, ")[:200]
         raise InputError(f"{path} is not a manifest that obsdiff wrote: {where}: {message}") from None
 
 
 def open_bundle(bundle: str | Path) -> Manifest:
-    """The manifest after every file that it lists was hashed. Raises InputError for the first that does not agree."""
+    """The manifest after every file that it lists was hashed. Raises InputError for the first that does not agree.
+
+    Files that could be loaded and that it does not list are refused; pictures and the like beside it are nobody's.
+    """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
+    for needed in ("model_index.json", WEIGHTS, CONFIG, *((GRAPH,) if "onnx" in manifest.formats else ())):
+        if needed not in manifest.files:
+            raise InputError(f"{bundle}: the manifest does not list {needed}")
+    for name in folder_files(bundle):
+        if ("/" in name or name.endswith(".json")) and name not in manifest.files and name != MANIFEST:
+            raise InputError(f"{bundle}: {name} is not in the manifest: it was added after the export")
     root = bundle.resolve()
     for name, file in manifest.files.items():
         path = bundle / name
@@ -133,9 +166,6 @@ def open_bundle(bundle: str | Path) -> Manifest:
             raise InputError(f"{bundle}: {name} is a link that leaves the bundle")
         if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
             raise InputError(f"{bundle}: {name} is not the file that was exported (its SHA-256 differs)")
-    for needed in ("model_index.json", WEIGHTS, CONFIG):
-        if needed not in manifest.files:
-            raise InputError(f"{bundle}: the manifest does not list {needed}")
     return manifest
 
 

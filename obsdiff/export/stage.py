@@ -14,10 +14,10 @@ from obsdiff.errors import InputError
 from obsdiff.export import bundle as bundles
 from obsdiff.export import onnx
 from obsdiff.export.bundle import Axis, Manifest, Precision
-from obsdiff.export.shrink import shrink
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
 from obsdiff.files import copy_files, folder_hash, write_json, write_tensors
 from obsdiff.models import Input
+from obsdiff.models.shrink import shrink
 from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_denoiser, quiet_libraries
 from obsdiff.progress import Progress
 
@@ -38,7 +38,7 @@ def export(
 ) -> Manifest:
     """Compiles a dense or pruned diffusers pipeline into a bundle, and proves that it computes the same.
 
-    `batch` counts images (a denoiser call with guidance takes twice as many), `size` pixels of a side, each MIN:OPT:MAX;
+    `batch` counts images (a denoiser call with guidance takes twice that), `size` pixels of a side, both MIN:OPT:MAX;
     the size defaults to half, once and one and a half times the model's own. `force` replaces a bundle that is there.
     Raises InputError when an argument is wrong; ObsdiffError when the result disagrees with PyTorch, and then
     nothing is written.
@@ -73,16 +73,18 @@ def make_axes(source: Source, batch: str, size: str | None) -> dict[str, Axis]:
     patch = int(source.config[source.spec.patch])
     step = source.vae_scale * patch
     own = default_axes(source)["height"] * source.vae_scale
-    low, opt, high = _triple("--size", size) if size else (
-        max(step, own // 2 // step * step),
-        own,
-        own * 3 // 2 // step * step,
+    low, opt, high = (
+        _triple("--size", size)
+        if size
+        else (
+            max(step, own // 2 // step * step),
+            own,
+            own * 3 // 2 // step * step,
+        )
     )
     if any(side % step for side in (low, opt, high)):
         raise InputError(f"--size {size}: sides must be multiples of {step} pixels for this model")
-    side = Axis(
-        min=low // source.vae_scale, opt=opt // source.vae_scale, max=high // source.vae_scale, multiple=patch
-    )
+    side = Axis(min=low // source.vae_scale, opt=opt // source.vae_scale, max=high // source.vae_scale, multiple=patch)
     low, opt, high = _triple("--batch", batch)
     shortest, _usual, longest = source.spec.tokens
     return {

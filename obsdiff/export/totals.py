@@ -4,10 +4,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from obsdiff.checkpoint import GroupRecord
 from obsdiff.export.bundle import Totals
-from obsdiff.export.shrink import shrink
-from obsdiff.models import walk
+from obsdiff.models import GroupRecord, walk
+from obsdiff.models.shrink import shrink
 from obsdiff.models.source import Source, meta_denoiser
 
 
@@ -23,7 +22,7 @@ def count_totals(
     itemsize: int,
     nonzero: int | None = None,
 ) -> Totals:
-    """Of the denoiser narrowed to `groups`: parameters, nonzero ones (all, unless counted), bytes at `itemsize`, MACs."""
+    """The denoiser narrowed to `groups`: parameters, nonzero (all unless counted), bytes at `itemsize`, MACs."""
     denoiser = meta_denoiser(source)
     shrink(denoiser, source.spec, groups)
     parameters = sum(p.numel() for p in denoiser.state_dict().values())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from obsdiff.device import pick_device
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.measure.environment import environment
 from obsdiff.progress import Progress
@@ -44,7 +45,7 @@ def bench(
     if not paths or batch_size < 1 or runs < 1 or warmup < 0:
         raise InputError("a bench needs at least one path, one run and one picture")
     progress = progress or Progress()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     with progress.task("loading", len(paths) * (1 + memory + warmup + runs)):
         pipes, options = [], []
         for path in paths:
@@ -116,7 +117,8 @@ def peak_memory(path: str | Path, backend: str, device: str, batch_size: int, ov
         [sys.executable, "-m", "obsdiff.measure.memory", request], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise ObsdiffError(f"measuring the memory of {path} failed: {done.stderr.strip().splitlines()[-1:]}")
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ObsdiffError(f"measuring the memory of {path} failed: {reason}")
     return int(done.stdout.strip().splitlines()[-1])
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,12 +153,14 @@ def error_plot(variants: Sequence[Variant]) -> str:
     position = {name: i for i, name in enumerate(order)}
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "obsdiff", "font.family": "sans-serif"}):
         figure = Figure(figsize=(11, 3.4), layout="constrained")
-        axes = figure.add_subplot()
+        axes, lines = figure.add_subplot(), {}
         for variant, colour in zip(variants, _cycle(len(variants)), strict=True):
             points = sorted((position[layer.name], layer.error) for layer in variant.layers)
             if points:
                 marker = "o" if len(points) < len(order) / 2 else ""
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=3, lw=1.4, label=variant.name)
+                (lines[variant.name],) = axes.plot(
+                    *zip(*points, strict=True), color=colour, marker=marker, ms=3, lw=1.4
+                )
         blocks = [_forward_order(name)[0] for name in order]
         starts = [i for i, block in enumerate(blocks) if not i or blocks[i - 1] != block]
         axes.set_xticks(starts, [f"block {blocks[i]}" for i in starts], ha="left")
@@ -165,7 +168,9 @@ def error_plot(variants: Sequence[Variant]) -> str:
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, ncols=3, fontsize=9)
+        legend = axes.legend(lines.values(), [f"{k}" for k in range(len(lines))], frameon=False, ncols=3, fontsize=9)
+        for text, name in zip(legend.get_texts(), lines, strict=True):
+            text.set(text=name, parse_math=False)  # afterwards: labels with _ in front would be left out
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
@@ -188,7 +193,7 @@ def _milliseconds(value: float) -> str:
 
 
 def _bars(variants: Sequence[Variant], name: str, title: str, meaning: str) -> dict[str, Any] | None:
-    values = [(v.name, v.quality[name]) for v in variants if name in v.quality]
+    values = [(v.name, v.quality[name]) for v in variants if not math.isnan(v.quality.get(name, math.nan))]
     top = max((value for _, value in values), default=0.0)
     if not values or not top:
         return None

@@ -2,11 +2,11 @@
 
 from obsdiff.errors import InputError
 from obsdiff.models.sd3 import SD3
-from obsdiff.models.spec import Group, Input, ModelSpec, Span
+from obsdiff.models.spec import Group, GroupRecord, Input, ModelSpec, Span
 
 FAMILIES: dict[str, ModelSpec] = {spec.denoiser: spec for spec in (SD3,)}
 
-__all__ = ["FAMILIES", "Group", "Input", "ModelSpec", "Span", "find_spec"]
+__all__ = ["FAMILIES", "Group", "GroupRecord", "Input", "ModelSpec", "Span", "find_spec"]
 
 
 def find_spec(denoiser: str) -> ModelSpec:

@@ -52,4 +52,5 @@ SD3 = ModelSpec(
         "negative_pooled_prompt_embeds",
     ),
     encode={"prompt_2": None, "prompt_3": None},
+    carried=("encoder_hidden_states", "hidden_states"),
 )

@@ -55,6 +55,13 @@ class Source:
         return 2 ** (len(read_json(config).get("block_out_channels", ())) - 1) if config.exists() else 8
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
 def _is_component(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2
 
@@ -79,8 +86,8 @@ def find_source(model: str | Path) -> Source:
         path=path,
         index=index,
         spec=spec,
-        config=read_json(path / spec.component / "config.json"),
-        defaults=read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {},
+        config=_read_object(path / spec.component / "config.json"),
+        defaults=_read_object(defaults) if (defaults := path / "generation_config.json").exists() else {},
     )
     _check_weights(source)
     return source

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 
 @dataclass(frozen=True)
 class Span:
@@ -33,6 +35,16 @@ class Group:
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(span.linear for span in self.rows + self.columns)
+
+
+class GroupRecord(BaseModel):
+    """One group that lost heads or neurons: the indexes of the units that stay, of how many."""
+
+    block: int
+    name: str
+    kind: Literal["heads", "neurons"]
+    kept: list[int]
+    of: int
 
 
 @dataclass(frozen=True)
@@ -73,3 +85,4 @@ class ModelSpec:
     patch: str  # the config key that latent height and width must be multiples of
     embeds: tuple[str, ...]  # what the pipeline's encode_prompt returns, by the names its __call__ takes
     encode: Mapping[str, Any] = field(default_factory=dict)  # arguments that encode_prompt insists on
+    carried: tuple[str, ...] = ()  # a block's inputs that its outputs replace for the next one, in the outputs' order

@@ -1,7 +1,7 @@
 """A spec applied to a denoiser: which linears it has, in which order, and which units they share."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import InputError
-from obsdiff.models.spec import AXES, Group, Input, ModelSpec
+from obsdiff.models.spec import AXES, Group, GroupRecord, Input, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Stage:
 
 def parse_blocks(text: str, count: int) -> range:
     """`A:B` as Python slices read it, negative numbers and missing ends included, over `count` blocks."""
-    match = re.fullmatch(r"(-?\d*):(-?\d*)", text)
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
     if not match:
         raise InputError(f"--blocks {text}: write A:B, for example 1:-1 for all but the first and the last")
     chosen = range(count)[slice(*(int(end) if end else None for end in match.groups()))]
@@ -126,6 +126,25 @@ def unit_entries(units: Tensor, of: int, length: int, copies: int = 1) -> Tensor
     size = length // (of * copies)
     starts = units[None, :, None] * size + torch.arange(copies)[:, None, None] * (length // copies)
     return (starts + torch.arange(size)).flatten()
+
+
+def kept_entries(
+    denoiser: nn.Module, spec: ModelSpec, groups: Iterable[GroupRecord]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The rows and columns (int64) that are left of every linear that lost some when these units went, by full name."""
+    by_name = {group.name: group for group in spec.groups}
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    for record in groups:
+        group, units = by_name[record.name], torch.tensor(record.kept)
+        for spans, axis in ((group.rows, 0), (group.columns, 1)):
+            for span in spans:
+                name = f"{spec.blocks}.{record.block}.{span.linear}"
+                if has(denoiser, name):
+                    shape = linear(denoiser, name).weight.shape
+                    left = list(kept.get(name, (torch.arange(shape[0]), torch.arange(shape[1]))))
+                    left[axis] = unit_entries(units, record.of, shape[axis], span.copies)
+                    kept[name] = (left[0], left[1])
+    return kept
 
 
 def shape_of(entry: Input, config: Mapping[str, Any], axes: Mapping[str, int]) -> tuple[int, ...]:

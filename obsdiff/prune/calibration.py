@@ -2,26 +2,52 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from obsdiff.models import ModelSpec
-from obsdiff.prune.hessian import Hessian
+from obsdiff.errors import InputError
+from obsdiff.models import ModelSpec, walk
+from obsdiff.models.walk import Stage
+from obsdiff.prune import ranks
+from obsdiff.prune.hessian import Hessian, Hessians
 from obsdiff.prune.recipe import Recipe
 from obsdiff.prune.timesteps import WEIGHTINGS
 
-Embeds = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Batch:
+    """The prompts with these numbers, as the pipeline's __call__ takes their embeddings."""
+
+    prompts: range
+    embeds: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What runs: the sampler and its denoiser, this rank's batches, and a folder for what does not fit into memory.
+
+    `advance(n, note)` is told of every n units of work, as many as the cost functions say.
+    """
+
+    sampler: Any
+    denoiser: nn.Module
+    spec: ModelSpec
+    batches: Sequence[Batch]
+    recipe: Recipe
+    device: str
+    folder: Path
+    advance: Callable[[int, str], None]
 
 
 @torch.no_grad()
-def encode_prompts(
-    pipe: Any, spec: ModelSpec, prompts: Sequence[str], call: Mapping[str, Any], batch_size: int, device: str
-) -> list[Embeds]:
-    """The prompts' embeddings in batches, as the pipeline's __call__ takes them: computed once for a whole prune."""
-    known = inspect.signature(pipe.encode_prompt).parameters
+def encode_prompts(pipe: Any, spec: ModelSpec, recipe: Recipe, device: str) -> list[Batch]:
+    """The embeddings of this rank's batches of the recipe's prompts: computed once for a whole prune."""
+    known, call = inspect.signature(pipe.encode_prompt).parameters, recipe.call_options
     options = {
         **spec.encode,
         "device": torch.device(device),
@@ -33,9 +59,11 @@ def encode_prompts(
     for encoder in encoders:
         encoder.to(device)
     batches = []
-    for start in range(0, len(prompts), batch_size):
-        values = pipe.encode_prompt(prompt=list(prompts[start : start + batch_size]), **options)
-        batches.append({name: v for name, v in zip(spec.embeds, values, strict=True) if v is not None})
+    for start in range(0, len(recipe.prompts), recipe.batch_size)[ranks.rank() :: ranks.count()]:
+        prompts = recipe.prompts[start : start + recipe.batch_size]
+        values = pipe.encode_prompt(prompt=list(prompts), **options)
+        embeds = {name: value for name, value in zip(spec.embeds, values, strict=True) if value is not None}
+        batches.append(Batch(range(start, start + len(prompts)), embeds))
     for encoder in encoders:
         encoder.to("cpu")
     return batches
@@ -55,14 +83,15 @@ def sampler_of(pipe: Any, device: str) -> Any:
 @torch.no_grad()
 def sample_latents(
     sampler: Any,
-    batches: Iterable[Embeds],
+    batch: Batch,
     call: Mapping[str, Any],
     seed: int,
-    on_step: Callable[[int], None],
-) -> Iterator[Tensor]:
-    """The final latents of each batch; on_step(i) is called before step i of the sampler.
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """The final latents of a batch; on_step(i) is called before step i of the sampler.
 
-    The noise of prompt k comes from its own generator, seeded with seed + k, so it does not depend on the batch size.
+    The noise of prompt k comes from its own generator, seeded with seed + k, whatever the batch.
+    Raises InputError when the pipeline refuses an option of the call, a height that its patches do not divide.
     """
 
     def step_ended(_pipe: Any, step: int, _time: Any, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,50 +100,120 @@ def sample_latents(
 
     known = inspect.signature(sampler.__call__).parameters
     options = {name: value for name, value in call.items() if name in known}
-    for embeds in batches:
-        size = len(next(iter(embeds.values())))
-        generators = [torch.Generator().manual_seed(seed + k) for k in range(size)]
-        seed += size
-        on_step(0)
-        result = sampler(
-            **embeds,
+    on_step(0)
+    try:
+        return sampler(
+            **batch.embeds,
             **options,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(seed + k) for k in batch.prompts],
             output_type="latent",
             callback_on_step_end=step_ended,
-        )
-        yield result.images
+        ).images
+    except ValueError as error:  # a height or width that the model cannot draw
+        raise InputError(f"the sampler refuses this call: {error}") from error
 
 
-def collect(
-    sampler: Any,
-    denoiser: nn.Module,
-    inputs: Sequence[tuple[str, ...]],
-    batches: Sequence[Embeds],
-    recipe: Recipe,
-    on_step: Callable[[int], None],
-) -> dict[tuple[str, ...], Hessian]:
-    """One Hessian for each tuple of linears that share an input, over one run of the sampler on all batches."""
-    call, weighting = recipe.call_options, WEIGHTINGS[recipe.timestep_weighting]
-    modules = {names: denoiser.get_submodule(names[0]) for names in inputs}
-    device = next(denoiser.parameters()).device
-    hessians = {names: Hessian(int(module.in_features), device) for names, module in modules.items()}  # type: ignore[arg-type]
-    alpha = [1.0]
+class Collector:
+    """The Hessians of linears, each from the one input that its linears share.
+
+    For the solver auto there are two for each: of the even and of the odd prompts. `prompts` and `alpha` say what runs:
+    the numbers of the batch's prompts, and the weight of the sampler's step.
+    """
+
+    def __init__(self, run: Calibration, inputs: Sequence[tuple[str, ...]]):
+        self.prompts, self.alpha = range(0), 1.0
+        self._share, self._random = run.recipe.token_share, torch.Generator().manual_seed(run.recipe.seed)
+        self._modules = {names: walk.linear(run.denoiser, names[0]) for names in inputs}
+        self.hessians: Hessians = {
+            names: [Hessian(module.in_features, run.device) for _ in range(2 if run.recipe.solver == "auto" else 1)]
+            for names, module in self._modules.items()
+        }
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Adds the inputs of every call of the linears while the body runs."""
+        with contextlib.ExitStack() as hooks:
+            for names, module in self._modules.items():
+                hooks.callback(module.register_forward_pre_hook(self._hook(self.hessians[names])).remove)
+            yield
+
+    def _hook(self, hessians: Sequence[Hessian]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for part, hessian in enumerate(hessians):
+                # With guidance every prompt is there twice, the whole batch after the whole batch.
+                rows = torch.arange(len(args[0])) % len(self.prompts) + self.prompts.start
+                chosen = args[0] if len(hessians) == 1 else args[0][rows % 2 == part]
+                hessian.add(self._some(chosen.reshape(-1, chosen.shape[-1])), self.alpha)
+
+        return add
+
+    def _some(self, tokens: Tensor) -> Tensor:
+        """The recipe's share of the tokens, drawn anew each time."""
+        if self._share == 1:
+            return tokens
+        chosen = torch.randperm(len(tokens), generator=self._random)[: max(1, round(self._share * len(tokens)))]
+        return tokens[chosen.to(tokens.device)]
+
+
+@contextlib.contextmanager
+def whole_denoiser(run: Calibration) -> Iterator[None]:
+    """Lets the whole denoiser run on the device while the body does, offloaded from the CPU module by module or not."""
+    if not run.recipe.offload:
+        yield
+        return
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    cpu_offload(run.denoiser, torch.device(run.device))
+    try:
+        yield
+    finally:
+        remove_hook_from_submodules(run.denoiser)
+
+
+def sampler_hessians(
+    run: Calibration, packages: Sequence[Sequence[Stage]], done: Container[int]
+) -> Iterator[tuple[int, Hessians | None]]:
+    """Yields each package with its Hessians, None for one that is done; the caller prunes it before going on.
+
+    Each costs a run of the sampler over all batches.
+    """
+    for k, package in enumerate(packages):
+        if k in done:
+            yield k, None
+            continue
+        collector = Collector(run, inputs_of(package))
+        note = f"package {k + 1}/{len(packages)}: calibrating"
+        with collector.listening():
+            run_batches(run, collector, lambda step, note=note: run.advance(min(step, 1), note))  # type: ignore[misc]
+        yield k, collector.hessians
+
+
+def sampler_cost(
+    _denoiser: nn.Module, _spec: ModelSpec, packages: Sequence[Sequence[Stage]], done: Container[int], recipe: Recipe
+) -> int:
+    """Units of work that sampler_hessians will tell of: steps of the sampler."""
+    batches = len(range(0, len(recipe.prompts), recipe.batch_size)[ranks.rank() :: ranks.count()])
+    return sum(k not in done for k in range(len(packages))) * batches * recipe.steps
+
+
+def inputs_of(package: Sequence[Stage]) -> list[tuple[str, ...]]:
+    """The package's linears, those that share an input together."""
+    return [shared for stage in package for shared in stage.linears]
+
+
+def run_batches(run: Calibration, collector: Collector, on_step: Callable[[int], None] = lambda step: None) -> None:
+    """Runs the sampler over all batches, and tells the collector of every batch and step."""
+    call, weighting = run.recipe.call_options, WEIGHTINGS[run.recipe.timestep_weighting]
 
     def step_starts(step: int) -> None:
-        steps = _scheduler_steps(sampler, call)
-        alpha[0] = float(weighting(steps)[min(step, steps - 1)])
+        steps = _scheduler_steps(run.sampler, call)
+        collector.alpha = float(weighting(steps)[min(step, steps - 1)])
         on_step(step)
 
-    def hook(hessian: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: hessian.add(args[0], alpha[0])
-
-    with contextlib.ExitStack() as hooks:
-        for names, module in modules.items():
-            hooks.callback(module.register_forward_pre_hook(hook(hessians[names])).remove)
-        for _latents in sample_latents(sampler, batches, call, recipe.seed, step_starts):
-            pass
-    return hessians
+    for batch in run.batches:
+        collector.prompts = batch.prompts
+        sample_latents(run.sampler, batch, call, run.recipe.seed, step_starts)
 
 
 def _scheduler_steps(sampler: Any, call: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """Module packages: what is solved between two runs of the sampler (OBS-Diff, arXiv 2510.06751)."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from obsdiff.models.walk import Stage
 
@@ -14,3 +14,8 @@ def cut(stages: Sequence[Stage], packages: int) -> list[list[Stage]]:
     packages = min(packages, len(stages))
     bounds = [len(stages) * i // packages for i in range(packages + 1)]
     return [list(stages[start:end]) for start, end in pairwise(bounds)]
+
+
+def by_block(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """One package a block."""
+    return [list(package) for _, package in groupby(stages, key=lambda stage: stage.block)]

@@ -12,6 +12,8 @@ from obsdiff.errors import InputError
 from obsdiff.models.source import DATA, EMBEDDED, Source
 from obsdiff.prune.solvers.patterns import NM, Pattern, Unstructured, parse_nm
 
+PACKAGES = 4
+STRUCTURED = "structured"
 Weighting = Literal["log-decrease", "log-increase", "linear-decrease", "linear-increase", "uniform"]
 
 
@@ -25,47 +27,78 @@ class Recipe(BaseModel):
     heads: float | None = Field(None, ge=0, lt=1)
     neurons: float | None = Field(None, ge=0, lt=1)
     round_to: int | None = Field(None, ge=1)
-    solver: Literal["obs", "wanda", "magnitude"] = "obs"
-    damping: float = Field(0.01, gt=0)
+    allocation: Literal["uniform", "owl", "error"] = "uniform"
+    target_size: float | None = Field(None, gt=0, lt=1)
+    target_speedup: float | None = Field(None, gt=1)
+    solver: Literal["auto", "obs", "alps", "dsnot", "wanda", "magnitude"] = "auto"
+    damping: float | None = Field(None, gt=0, allow_inf_nan=False)
     prompts: tuple[str, ...] = Field(min_length=1)
     steps: int = Field(25, ge=1)
     height: int = Field(512, ge=1)
     width: int = Field(512, ge=1)
-    guidance_scale: float = Field(7.0, ge=0)
+    guidance_scale: float = Field(7.0, ge=0, allow_inf_nan=False)
     call: Mapping[str, Any] = {}
     batch_size: int = Field(8, ge=1)
-    packages: int = Field(4, ge=1)
+    calibration: Literal["sampler", "stream"] = "sampler"
+    packages: int | None = Field(None, ge=1)
+    offload: bool = False
+    token_share: float = Field(1, gt=0, le=1)
+    cache_gb: float = Field(8, ge=0)
     timestep_weighting: Weighting = "log-decrease"
     blocks: str = ":"
     include: str = ""
     exclude: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     device: str
     dtype: Literal["float32", "float16", "bfloat16"]
 
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, pattern: str) -> str:
-        if pattern not in ("unstructured", "structured"):
+        if pattern not in ("unstructured", STRUCTURED):
             try:
-                parse_nm(pattern)
+                parse_nm(pattern.removeprefix(f"{STRUCTURED}+"))
             except ValueError as error:
-                raise ValueError(f"{error} (or write unstructured, structured)") from None
+                raise ValueError(f"{error} (or write unstructured, structured, structured+2:4)") from None
         return pattern
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
-        structured = self.pattern == "structured"
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise ValueError(f"sparsity must lie between 0 and 1 (both excluded), not {self.sparsity}")
-        if ":" in self.pattern and self.sparsity not in (None, (implied := parse_nm(self.pattern).sparsity)):
-            raise ValueError(f"{self.pattern} is a sparsity of {implied:g}, not {self.sparsity}")
-        if structured and self.solver not in ("obs", "magnitude"):
-            raise ValueError("structured pruning knows the solvers obs and magnitude")
+        nm = None if self.structured else self.layer_pattern
+        if isinstance(nm, NM) and self.sparsity not in (None, nm.sparsity):
+            raise ValueError(f"{nm} is a sparsity of {nm.sparsity:g}, not {self.sparsity}")
+        if self.structured and self.solver not in ("auto", "obs", "magnitude"):
+            raise ValueError("structured pruning knows the solvers auto, obs and magnitude")
+        if self.damping is not None and self.solver not in ("obs", "alps"):
+            raise ValueError(f"damping is an option of the solvers obs and alps, not of {self.solver}")
+        if self.solver == "auto" and len(self.prompts) < 2:
+            raise ValueError("the solver auto holds half of the prompts out: give it two or more, or choose obs")
+        self._check_allocation()
+        if self.packages is not None and self.calibration == "stream":
+            raise ValueError("packages is an option of --calibration sampler: in a stream every block is one")
+        if self.offload and (self.calibration != "stream" or self.target_speedup is not None):
+            raise ValueError("offload needs --calibration stream, and nothing can be timed with it (target_speedup)")
         for name in ("heads", "neurons", "round_to"):
-            if getattr(self, name) is not None and not structured:
-                raise ValueError(f"{name} is an option of --pattern structured")
+            if getattr(self, name) is not None and not self.structured:
+                raise ValueError(f"{name} is an option of --pattern structured and structured+N:M")
         return self
+
+    def _check_allocation(self) -> None:
+        targets = [name for name in ("target_size", "target_speedup") if getattr(self, name) is not None]
+        if self.allocation == "owl" and self.pattern != "unstructured":
+            raise ValueError("allocation owl is for --pattern unstructured")
+        if self.allocation == "error" and self.pattern not in ("unstructured", STRUCTURED):
+            raise ValueError(
+                "allocation error is for --pattern unstructured and structured: N:M is the same everywhere"
+            )
+        if targets and (self.pattern != STRUCTURED or self.allocation != "error"):
+            raise ValueError(f"{targets[0]} needs --pattern structured and --allocation error")
+        if len(targets) + (bool(targets) and self.sparsity is not None) > 1:
+            raise ValueError("give one of sparsity, target_size and target_speedup")
+        if self.allocation != "uniform" and (self.heads is not None or self.neurons is not None):
+            raise ValueError("heads and neurons are shares for --allocation uniform: error chooses them itself")
 
     @property
     def call_options(self) -> dict[str, Any]:
@@ -79,13 +112,18 @@ class Recipe(BaseModel):
         }
 
     @property
+    def structured(self) -> bool:
+        """Whether heads and neurons go."""
+        return self.pattern.startswith(STRUCTURED)
+
+    @property
     def layer_pattern(self) -> Pattern | None:
-        """What each linear is pruned to; None for structured pruning."""
-        if self.pattern == "structured":
+        """What each linear is pruned to, after heads and neurons went; None for structured pruning alone."""
+        if self.pattern == STRUCTURED:
             return None
         if self.pattern == "unstructured":
             return Unstructured(self.sparsity or 0.5)
-        return NM(*map(int, self.pattern.split(":")))
+        return parse_nm(self.pattern.removeprefix(f"{STRUCTURED}+"))
 
 
 def make_recipe(source: Source, options: Mapping[str, Any]) -> Recipe:
@@ -105,9 +143,16 @@ def make_recipe(source: Source, options: Mapping[str, Any]) -> Recipe:
     given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     given.setdefault("dtype", "float32" if given["device"] == "cpu" else "bfloat16")
     given["prompts"] = _choose_prompts(source, given.get("prompts"), given.pop("num_prompts", 100))
-    if given.get("pattern") == "structured":
+    targets = given.keys() & {"target_size", "target_speedup"}
+    if targets:
+        given.setdefault("pattern", STRUCTURED)
+    if given.get("solver", "auto") == "auto" and given.get("pattern") in ("unstructured", STRUCTURED):
+        uniform = given.keys() & {"heads", "neurons"}
+        given.setdefault("allocation", "uniform" if uniform else "error")
+    if str(given.get("pattern")).startswith(STRUCTURED):
         given.setdefault("blocks", "1:-1")  # the paper leaves the first and the last block alone
-        given.setdefault("sparsity", 0.3)
+        if not targets:
+            given.setdefault("sparsity", 0.3)
     elif given.get("pattern") == "unstructured":
         given.setdefault("sparsity", 0.5)
     try:
@@ -122,7 +167,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises InputError that names the file and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prompts file {path} cannot be read: {error}") from None
     prompts = [

@@ -1,22 +1,20 @@
 """Solves one stage of a package: from Hessians and stored weights to pruned tensors, masks and records."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from obsdiff.checkpoint import GroupRecord, LayerRecord
+from obsdiff.checkpoint import ChoiceRecord, GroupRecord, LayerRecord
 from obsdiff.errors import InputError
 from obsdiff.models import ModelSpec, walk
 from obsdiff.models.walk import Stage
-from obsdiff.prune.hessian import Hessian
+from obsdiff.prune.hessian import Hessian, Hessians, Moments, mean
 from obsdiff.prune.recipe import Recipe
-from obsdiff.prune.solvers import solve
+from obsdiff.prune.solvers import Choice, Unstructured, solve
 from obsdiff.prune.structured import REMOVERS, default_multiple, keep_count
-
-Hessians = dict[tuple[str, ...], Hessian]
 
 
 @dataclass
@@ -28,64 +26,77 @@ class Solved:
     layers: list[LayerRecord] = field(default_factory=list)
     groups: list[GroupRecord] = field(default_factory=list)
 
-    def add(self, name: str, weight: Tensor, mask: Tensor, error: float | None) -> None:
+    def add(self, name: str, weight: Tensor, mask: Tensor, error: float | None, choice: Choice | None = None) -> None:
         self.tensors[f"{name}.weight"] = weight.cpu().contiguous()
         self.masks[name] = mask.cpu()
         sparsity = 1 - mask.float().mean().item()
         shape = (weight.shape[0], weight.shape[1])
-        self.layers.append(LayerRecord(name=name, shape=shape, sparsity=sparsity, error=error))
+        chosen = ChoiceRecord(**vars(choice)) if choice else None
+        self.layers.append(LayerRecord(name=name, shape=shape, sparsity=sparsity, error=error, choice=chosen))
 
 
-def solve_stage(
-    stage: Stage,
-    hessians: Hessians,
-    stored: Mapping[str, Tensor],
-    denoiser: nn.Module,
-    spec: ModelSpec,
-    recipe: Recipe,
-) -> Solved:
+@dataclass(frozen=True)
+class Problem:
+    """What stages are solved from: weights as they are stored, by state-dict name; the rows and columns left of
+    linears that lost some in an earlier package (walk.kept_entries); and how much goes where that is not uniform:
+    sparsity by linear, or units that stay by group stage."""
+
+    denoiser: nn.Module
+    spec: ModelSpec
+    recipe: Recipe
+    weights: Mapping[str, Tensor]
+    kept: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    amounts: Mapping[str, float] = field(default_factory=dict)
+
+
+def solve_stage(stage: Stage, hessians: Hessians, problem: Problem) -> Solved:
     """Solves the stage's linears, or removes units of its group. Raises InputError that names the layer."""
-    if stage.group:
-        return _solve_group(stage, hessians, stored, denoiser, spec, recipe)
-    return _solve_linears(stage, hessians, stored, recipe)
+    return (_solve_group if stage.group else _solve_linears)(stage, hessians, problem)
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:
-    return {"damping": recipe.damping} if recipe.solver == "obs" else {}
+    return {} if recipe.damping is None else {"damping": recipe.damping}
 
 
-def _solve_linears(stage: Stage, hessians: Hessians, stored: Mapping[str, Tensor], recipe: Recipe) -> Solved:
-    assert recipe.layer_pattern
-    solved = Solved()
+def _solve_linears(stage: Stage, hessians: Hessians, problem: Problem) -> Solved:
+    recipe, solved = problem.recipe, Solved()
     for shared in stage.linears:
-        hessian = _mean(hessians[shared], shared[0])
+        parts = _moments(hessians[shared], shared[0])
         for name in shared:
-            weight = stored[f"{name}.weight"].to(hessian.device)
+            weight = problem.weights[f"{name}.weight"].to(parts[0].hessian.device)
+            rows, columns = problem.kept.get(name) or map(torch.arange, weight.shape)
+            pattern = recipe.layer_pattern
+            assert pattern
+            if name in problem.amounts:
+                pattern = Unstructured(problem.amounts[name])
+            options = _options(recipe)
+            hessian, *held_out = (part.hessian[columns][:, columns] for part in parts)
+            if held_out:
+                options["held_out"] = held_out[0]
+            elif recipe.solver == "dsnot":
+                options["mean"] = parts[0].mean[columns]
             try:
-                solution = solve(weight, hessian, recipe.layer_pattern, recipe.solver, **_options(recipe))
+                solution = solve(weight[rows][:, columns], hessian, pattern, recipe.solver, **options)
             except ValueError as error:
                 raise InputError(f"{name}: {error}") from None
-            solved.add(name, solution.weight, solution.mask, solution.error)
+            pruned, mask = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
+            pruned[rows[:, None], columns], mask[rows[:, None], columns] = solution.weight, solution.mask
+            solved.add(name, pruned, mask, solution.error, solution.choice)
     return solved
 
 
-def _solve_group(
-    stage: Stage,
-    hessians: Hessians,
-    stored: Mapping[str, Tensor],
-    denoiser: nn.Module,
-    spec: ModelSpec,
-    recipe: Recipe,
-) -> Solved:
-    group = stage.group
+def _solve_group(stage: Stage, hessians: Hessians, problem: Problem) -> Solved:
+    group, denoiser, spec, recipe, stored = stage.group, problem.denoiser, problem.spec, problem.recipe, problem.weights
     assert group
     units = walk.unit_count(denoiser, spec, stage.block, group)
-    keep = units_to_keep(recipe, group.kind, units)
+    keep = int(problem.amounts.get(stage.name, units_to_keep(recipe, group.kind, units)))
     readers = [shared[0] for shared in stage.linears]
-    means = [_mean(hessians[shared], shared[0]) for shared in stage.linears]
-    weights = [stored[f"{name}.weight"].to(means[0].device) for name in readers]
+    # Each part, the even and the odd prompts with `auto`, as one list over the readers.
+    parts = zip(*(_moments(hessians[shared], shared[0]) for shared in stage.linears), strict=True)
+    means = [[moments.hessian for moments in part] for part in parts]
+    weights = [stored[f"{name}.weight"].to(means[0][0].device) for name in readers]
     try:
-        removal = REMOVERS[recipe.solver](weights, means, units, keep, **_options(recipe))
+        removal = REMOVERS[recipe.solver](weights, *means, units=units, keep=keep, **_options(recipe))
     except ValueError as error:
         raise InputError(f"{stage.name}: {error}") from None
     gone = torch.ones(units, dtype=torch.bool)
@@ -117,12 +128,16 @@ def units_to_keep(recipe: Recipe, kind: str, units: int) -> int:
     """Heads go one by one; neuron counts are snapped to a multiple, never past the share that was asked for."""
     share = getattr(recipe, kind)
     share = recipe.sparsity if share is None else share
-    multiple = 1 if kind == "heads" else recipe.round_to or default_multiple(units)
-    return keep_count(units, share or 0.0, multiple)
+    return keep_count(units, share or 0.0, unit_multiple(recipe, kind, units))
 
 
-def _mean(hessian: Hessian, name: str) -> Tensor:
+def unit_multiple(recipe: Recipe, kind: str, units: int) -> int:
+    """What a number of units that stay must be a multiple of."""
+    return 1 if kind == "heads" else recipe.round_to or default_multiple(units)
+
+
+def _moments(hessians: Sequence[Hessian], name: str) -> list[Moments]:
     try:
-        return hessian.mean()
+        return [mean([part]) for part in hessians]
     except ValueError as error:
         raise InputError(f"{name} {error}") from None

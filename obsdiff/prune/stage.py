@@ -1,32 +1,36 @@
 """The prune stage: load, then for each package collect, solve and save, then finish."""
 
-import json
-import shutil
-from collections.abc import Mapping
+import contextlib
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from obsdiff import checkpoint
 from obsdiff.checkpoint import CheckpointInfo
-from obsdiff.errors import InputError
-from obsdiff.files import folder_hash, read_json, write_json, write_tensors
+from obsdiff.device import pick_device
+from obsdiff.errors import InputError, ObsdiffError
+from obsdiff.files import folder_hash
 from obsdiff.models import walk
 from obsdiff.models.source import Source, find_source, load_pipeline, quiet_libraries
 from obsdiff.models.walk import Stage
 from obsdiff.progress import Progress
-from obsdiff.prune import calibration
-from obsdiff.prune.packages import cut
-from obsdiff.prune.recipe import Recipe, make_recipe
-from obsdiff.prune.solve import Solved, solve_stage
+from obsdiff.prune import calibration, memory, ranks, stream, targets, work
+from obsdiff.prune.hessian import Hessians
+from obsdiff.prune.packages import by_block, cut
+from obsdiff.prune.recipe import PACKAGES, Recipe, make_recipe
+from obsdiff.prune.solve import Problem, Solved, solve_stage
 from obsdiff.prune.solvers.patterns import check_width
+from obsdiff.prune.survey import survey
 
-STATE = "state.json"
-MASK = "mask/"
+MODES = {
+    "sampler": (calibration.sampler_hessians, calibration.sampler_cost),
+    "stream": (stream.stream_hessians, stream.stream_cost),
+}
 
 
 def prune(
@@ -54,150 +58,157 @@ def prune(
         "base": {"name": source.name, "sha256": folder_hash(source.path)},
         "recipe": recipe.model_dump(mode="json"),
     }
-    work = out.with_name(f"{out.name}.partial")
-    if (done := _claim(out, work, identity, restart)) is not None:
-        progress.message(f"{out} is finished already")
-        return done
-    _check_device(recipe.device)
-    with quiet_libraries():
-        saved = _prune_packages(source, recipe, work, progress)
-    info = _finish(source, identity, saved, work)
-    if out.exists():
-        shutil.rmtree(out)
-    (work / "result").rename(out)
-    shutil.rmtree(work)
-    return info
+    pick_device(recipe.device)
+    with ranks.joined(recipe.device), quiet_libraries():
+        ranks.agree(identity, "model or recipe")
+        if ranks.rank():
+            progress = Progress()
+        folder = out.with_name(f"{out.name}.partial")
+        done = ranks.from_first(None if ranks.rank() else _claim(out, folder, identity, restart))
+        if isinstance(done, CheckpointInfo):
+            progress.message(f"{out} is finished already")
+            return done
+        try:
+            packages = _prune_packages(source, recipe, folder, progress)
+        except InputError:
+            if not ranks.rank():
+                work.abandon(folder)
+            raise
+        finished = work.Finished(folder, range(packages))
+        info = None if ranks.rank() else work.finish(source, identity, finished, folder, out)
+        result = ranks.from_first(info)
+        assert result
+        return result
 
 
-def _claim(out: Path, work: Path, identity: Mapping[str, Any], restart: bool) -> CheckpointInfo | None:
-    """Makes `work` ours, or says why not. Returns the checkpoint when this very prune is finished already."""
-    if out.exists():
-        info = checkpoint.read_info(out) if out.is_dir() else None
-        same = info is not None and {"base": info.base, "recipe": info.recipe} == identity
-        if same and not restart:
-            shutil.rmtree(work, ignore_errors=True)  # killed between the last two steps
-            return info
-        if info is None:
-            raise InputError(f"{out} exists and is not a pruned checkpoint: choose another name")
-        if not restart:
-            raise InputError(f"{out} is a checkpoint of another recipe: choose another name, or pass --restart")
-    if work.exists():
-        found = read_json(work / STATE) if (work / STATE).exists() else None
-        if restart and found is not None:
-            shutil.rmtree(work)
-        elif found != identity:
-            raise InputError(f"{work} is left from a prune with another recipe: remove it, or pass --restart")
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / STATE, identity)
-    return None
-
-
-def _check_device(device: str) -> None:
+def _claim(out: Path, folder: Path, identity: Mapping[str, Any], restart: bool) -> CheckpointInfo | ObsdiffError | None:
+    """work.claim, with its refusal as a value that can be sent to other ranks."""
     try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise InputError(f"--device {device}: no such device; write cpu, cuda or cuda:0") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch sees no CUDA GPU here")
+        return work.claim(out, folder, identity, restart)
+    except ObsdiffError as error:
+        return error
 
 
-def _plan(denoiser: nn.Module, source: Source, recipe: Recipe) -> list[Stage]:
-    """The stages to solve, after a look at every weight and every width that they touch."""
+def _plan(denoiser: nn.Module, source: Source, recipe: Recipe) -> list[list[Stage]]:
+    """The packages, in the order they are solved, after a look at every weight and every width that they touch."""
     for name, parameter in denoiser.named_parameters():
         if not parameter.isfinite().all():
             raise InputError(f"{source.name}: {name} holds NaN or infinity")
-    stages_of = walk.linear_stages if recipe.layer_pattern else walk.group_stages
-    stages = stages_of(denoiser, source.spec, recipe.blocks, recipe.include, recipe.exclude)
-    for name in (name for stage in stages for shared in stage.linears for name in shared):
+    kinds = [
+        stages_of(denoiser, source.spec, recipe.blocks, recipe.include, recipe.exclude)
+        for stages_of, wanted in ((walk.group_stages, recipe.structured), (walk.linear_stages, recipe.layer_pattern))
+        if wanted
+    ]
+    for name in (name for kind in kinds for stage in kind for shared in stage.linears for name in shared):
         width = walk.linear(denoiser, name).in_features
         try:
             if recipe.layer_pattern:
                 check_width(recipe.layer_pattern, width)
         except ValueError as error:
             raise InputError(f"{name}: {error}; leave such layers out with --exclude") from None
-    return stages
+    if recipe.calibration == "stream":
+        return sorted((package for kind in kinds for package in by_block(kind)), key=lambda package: package[0].block)
+    return [package for kind in kinds for package in cut(kind, recipe.packages or PACKAGES)]
 
 
-def _prune_packages(source: Source, recipe: Recipe, work: Path, progress: Progress) -> list[Path]:
+def _prune_packages(source: Source, recipe: Recipe, folder: Path, progress: Progress) -> int:
     """Solves package after package, each saved when it is done and taken from disk when it was done before.
 
-    A package is a folder with one file a stage: only one stage's tensors are held beside the model and the Hessians.
-    Returns the files in forward order.
+    One stage's tensors are held beside the model and the Hessians of a package. Returns how many packages there are.
     """
-    spec, stored = source.spec, checkpoint.denoiser_weights(source.denoiser_path)
+    stored = checkpoint.denoiser_weights(source.denoiser_path)
+    device = ranks.local_device(recipe.device)
     pipe = load_pipeline(source, getattr(torch, recipe.dtype))
-    denoiser = pipe.components[spec.component]
-    packages = cut(_plan(denoiser, source, recipe), recipe.packages)
-    folders = [work / f"package-{k:03}" for k in range(len(packages))]
-    todo = [k for k, folder in enumerate(folders) if not folder.exists()]
-    for folder in folders[: todo[0] if todo else None]:
-        for path in sorted(folder.iterdir()):
-            _apply(denoiser, load_file(path))
-    batches = -(-len(recipe.prompts) // recipe.batch_size)
-    total = len(todo) * batches * recipe.steps + sum(len(packages[k]) for k in todo)
-    with progress.task("encoding prompts", total):
-        embeds = calibration.encode_prompts(
-            pipe, spec, recipe.prompts, recipe.call_options, recipe.batch_size, recipe.device
-        )
-        sampler = calibration.sampler_of(pipe, recipe.device)
-        for k in todo:
-            title = f"package {k + 1}/{len(packages)}"
+    denoiser = pipe.components[source.spec.component]
+    packages = _plan(denoiser, source, recipe)
+    done = ranks.from_first({k for k in range(len(packages)) if work.package_folder(folder, k).exists()})
+    memory.check(memory.predict(denoiser, source.spec, packages, recipe, _tokens(source, recipe)), device, recipe)
+    calibrate, cost = MODES[recipe.calibration]
+    solves = sum(len(package) for k, package in enumerate(packages) if k not in done)
+    with progress.task("encoding prompts", solves + cost(denoiser, source.spec, packages, done, recipe)):
+        batches = calibration.encode_prompts(pipe, source.spec, recipe, device)
+        sampler = calibration.sampler_of(pipe, "cpu" if recipe.offload else device)
+        run = calibration.Calibration(sampler, denoiser, source.spec, batches, recipe, device, folder, progress.advance)
+        amounts = _allocate(run, packages, stored, progress)
+        for k, hessians in calibrate(run, packages, done):
+            if hessians is None:
+                for path in work.Finished(folder, [k]).files:
+                    _apply(denoiser, load_file(path))
+            else:
+                ranks.add_up(hessian for parts in hessians.values() for hessian in parts)
+                _solve_package(run, stored, amounts, packages, k, hessians)
+    return len(packages)
 
-            def on_step(step: int, title: str = title) -> None:
-                progress.advance(min(step, 1), f"{title}: calibrating")
 
-            inputs = [shared for stage in packages[k] for shared in stage.linears]
-            hessians = calibration.collect(sampler, denoiser, inputs, embeds, recipe, on_step)
-            part = folders[k].with_name(f"{folders[k].name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            for number, stage in enumerate(packages[k]):
-                solved = solve_stage(stage, hessians, stored, denoiser, spec, recipe)
-                _apply(denoiser, solved.tensors)
-                _save_stage(part / f"{number:04}.safetensors", solved)
+def _tokens(source: Source, recipe: Recipe) -> int:
+    """Tokens of one calibration call: image and prompt, twice with guidance."""
+    step = source.vae_scale * int(source.config[source.spec.patch])
+    image = (recipe.height // step) * (recipe.width // step)
+    return recipe.batch_size * (2 if recipe.guidance_scale > 1 else 1) * (image + source.prompt_tokens)
+
+
+def _allocate(
+    run: calibration.Calibration, packages: Sequence[Sequence[Stage]], stored: Mapping[str, Tensor], progress: Progress
+) -> Mapping[str, float]:
+    """How much goes where, empty when it is the same everywhere; measured once, before anything is pruned, and kept."""
+    recipe = run.recipe
+    if recipe.allocation == "uniform":
+        return {}
+    allocation = ranks.from_first(work.read_allocation(run.folder))
+    if not allocation:
+        found = survey(run, packages, stored, MODES[recipe.calibration][0])
+        if recipe.structured:
+            stages = [stage for package in packages for stage in package]
+            allocation = ranks.from_first(targets.allocate_groups(run, found, stages))
+        else:
+            sizes = {name: stored[f"{name}.weight"].numel() for name in found.names}
+            assert recipe.sparsity
+            allocation = ranks.from_first(targets.allocate_linears(found, sizes, recipe.allocation, recipe.sparsity))
+        if not ranks.rank():
+            work.write_allocation(run.folder, allocation)
+    if missed := targets.shortfall(allocation):
+        progress.message(missed)
+    return allocation.amounts
+
+
+def _solve_package(
+    run: calibration.Calibration,
+    stored: Mapping[str, Tensor],
+    amounts: Mapping[str, float],
+    packages: Sequence[Sequence[Stage]],
+    k: int,
+    hessians: Hessians,
+) -> None:
+    """Solves the package's stages, each on one rank, and puts them into every rank's denoiser and on disk."""
+    earlier = work.Finished(run.folder, range(k))
+    weights: Mapping[str, Tensor] = ChainMap(earlier.tensors, stored)  # type: ignore[arg-type]
+    kept = walk.kept_entries(run.denoiser, run.spec, earlier.groups)
+    problem = Problem(run.denoiser, run.spec, run.recipe, weights, kept, amounts)
+
+    def solve(stage: Stage) -> Solved | ObsdiffError:
+        try:
+            return solve_stage(stage, hessians, problem)
+        except ObsdiffError as error:
+            return error
+
+    saving = contextlib.nullcontext(lambda index, solved: None) if ranks.rank() else work.package(run.folder, k)
+    with saving as save:
+        for start in range(0, len(packages[k]), ranks.count()):
+            together = packages[k][start : start + ranks.count()]
+            mine = solve(together[ranks.rank()]) if ranks.rank() < len(together) else None
+            for index, (stage, solved) in enumerate(zip(together, ranks.share_all(mine), strict=False), start):
+                if isinstance(solved, ObsdiffError):
+                    raise solved
+                assert solved
+                _apply(run.denoiser, solved.tensors)
+                save(index, solved)
                 worst = max(layer.error for layer in solved.layers if layer.error is not None)
-                progress.advance(1, f"{title}: solving {stage.name}, error {worst:.3f}")
-            part.rename(folders[k])
-    return [path for folder in folders for path in sorted(folder.iterdir())]
+                run.advance(1, f"package {k + 1}/{len(packages)}: solving {stage.name}, error {worst:.3f}")
 
 
 def _apply(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     parameters = dict(denoiser.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if not name.startswith(MASK):
+            if not name.startswith(work.MASK):
                 parameters[name].copy_(tensor)
-
-
-def _save_stage(path: Path, solved: Solved) -> None:
-    masks = {f"{MASK}{name}": checkpoint.pack(mask) for name, mask in solved.masks.items()}
-    records = {
-        "layers": [record.model_dump() for record in solved.layers],
-        "groups": [record.model_dump() for record in solved.groups],
-    }
-    write_tensors(path, {**solved.tensors, **masks}, {"records": json.dumps(records)})
-
-
-def _finish(source: Source, identity: Mapping[str, Any], saved: list[Path], work: Path) -> CheckpointInfo:
-    """Puts the packages together as a checkpoint in work/result."""
-    layers, groups = [], []
-    for path in saved:
-        with safe_open(path, framework="pt") as file:
-            records = json.loads(file.metadata()["records"])
-        layers += records["layers"]
-        groups += records["groups"]
-    info = CheckpointInfo(
-        **identity,
-        versions=checkpoint.versions(),
-        threads=torch.get_num_threads(),
-        layers=layers,
-        groups=groups,
-    )
-    result = work / "result"
-    if result.exists():
-        shutil.rmtree(result)
-    result.mkdir()
-    tensors = checkpoint.TensorFiles(saved)
-    masks = {name.removeprefix(MASK): tensors[name] for name in tensors if name.startswith(MASK)}
-    checkpoint.write_checkpoint(source, info, tensors, masks, result)
-    return info

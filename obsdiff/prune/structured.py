@@ -13,11 +13,13 @@ from obsdiff.prune.solvers.obs import damped
 @dataclass(frozen=True)
 class Removal:
     """kept: sorted unit indexes; weights: the compensated [out, in] of each reader, removed columns zero;
-    errors: the relative output error of each (NaN without Hessians)."""
+    errors: the relative output error of each (NaN without Hessians); losses: after each removal, the squares of the
+    relative errors summed over the readers (OBS only)."""
 
     kept: list[int]
     weights: list[Tensor]
     errors: list[float]
+    losses: tuple[float, ...] = ()
 
 
 def keep_count(units: int, share: float, round_to: int) -> int:
@@ -49,15 +51,18 @@ def remove_obs(
     _check(weights, hessians, units, keep)
     size = weights[0].shape[1] // units
     solvable = [damped(hessian, damping) for hessian in hessians]
-    work = [weight.float().clone() for weight in weights]
+    # An input that never fires costs nothing, whatever its weight.
+    work = [weight.float() * (hessian.diagonal() > 0) for weight, hessian in zip(weights, hessians, strict=True)]
     energies = [((w @ h) * w).sum().clamp(min=1e-30) for w, h in zip(work, solvable, strict=True)]
     inverses = [_inverse(hessian) for hessian in solvable]
     alive = torch.ones(units, dtype=torch.bool, device=work[0].device)
+    losses: list[Tensor] = []
     for _ in range(units - keep):
         loss = sum(_losses(w, inverse, units) / e for w, inverse, e in zip(work, inverses, energies, strict=True))
         assert isinstance(loss, Tensor)
         unit = int(torch.where(alive, loss, torch.inf).argmin())
         alive[unit] = False
+        losses.append(loss[unit])
         for w, inverse in zip(work, inverses, strict=True):
             _remove(w, inverse, slice(unit * size, (unit + 1) * size))
     columns = alive.repeat_interleave(size)
@@ -67,7 +72,8 @@ def remove_obs(
     errors = [
         relative_error(weight, new, hessian) for weight, new, hessian in zip(weights, pruned, hessians, strict=True)
     ]
-    return Removal(alive.nonzero().flatten().tolist(), pruned, errors)
+    steps = torch.stack(losses).cumsum(0).tolist() if losses else ()
+    return Removal(alive.nonzero().flatten().tolist(), pruned, errors, tuple(steps))
 
 
 def remove_magnitude(weights: Sequence[Tensor], hessians: Sequence[Tensor | None], units: int, keep: int) -> Removal:
@@ -86,7 +92,33 @@ def remove_magnitude(weights: Sequence[Tensor], hessians: Sequence[Tensor | None
     return Removal(kept.tolist(), pruned, errors)
 
 
-REMOVERS: dict[str, Callable[..., Removal]] = {"obs": remove_obs, "magnitude": remove_magnitude}
+def remove_auto(
+    weights: Sequence[Tensor],
+    hessians: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    units: int,
+    keep: int,
+    dampings: Sequence[float] = (0.01, 0.1, 1.0),
+) -> Removal:
+    """remove_obs with the damping that errs least on `held_out`, from as many other inputs; solved for all inputs.
+
+    Raises ValueError as remove_obs does.
+    """
+
+    def error(damping: float) -> float:
+        removal = remove_obs(weights, hessians, units, keep, damping)
+        pairs = zip(weights, removal.weights, held_out, strict=True)
+        return sum(relative_error(weight, new, hessian) ** 2 for weight, new, hessian in pairs)
+
+    both = [(a + b) / 2 for a, b in zip(hessians, held_out, strict=True)]
+    return remove_obs(weights, both, units, keep, min(dampings, key=error))
+
+
+REMOVERS: dict[str, Callable[..., Removal]] = {
+    "auto": remove_auto,
+    "obs": remove_obs,
+    "magnitude": remove_magnitude,
+}
 
 
 def _inverse(hessian: Tensor) -> Tensor:

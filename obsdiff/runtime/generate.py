@@ -21,6 +21,8 @@ def call_options(pipe: Any, path: str | Path, overrides: Mapping[str, Any] | Non
     """
     config = EMBEDDED.get(str(path), Path(path)) / "generation_config.json"
     options = read_json(config) if config.exists() else {}
+    if not isinstance(options, dict):
+        raise InputError(f"{config} holds no JSON object: it should name options of the pipeline's call")
     options |= {name: value for name, value in (overrides or {}).items() if value is not None}
     known = inspect.signature(pipe.__call__).parameters
     return {name: value for name, value in options.items() if name in known}
@@ -35,13 +37,14 @@ def generate(
     PIL images, or float32 [n, C, h, w] with output_type "pt" (0 to 1) or "latent".
     Raises InputError when the pipeline refuses an option.
     """
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**64:
+            raise InputError(f"the seed {seed} is out of range: it must lie between 0 and 2**64 - 1")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     negative = options.get("negative_prompt")
     extra = {"negative_prompt": [negative] * len(prompts)} if negative is not None else {}
     try:
-        return pipe(
-            list(prompts), **{**options, **extra}, generator=generators, output_type=output_type
-        ).images
+        return pipe(list(prompts), **{**options, **extra}, generator=generators, output_type=output_type).images
     except ValueError as error:  # the pipelines' own argument checks
         raise InputError(str(error)) from None
 
@@ -56,7 +59,7 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Non
 
 
 def identity(path: str | Path) -> str:
-    """What a picture was made with: SHA-256 of the bundle's manifest or the checkpoint's recipe, or the model's name."""
+    """What drew a picture: SHA-256 of the bundle's manifest or the checkpoint's recipe, or the model's name."""
     folder = Path(path)
     for name in (MANIFEST, INFO):
         if (folder / name).exists():

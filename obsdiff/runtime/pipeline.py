@@ -10,6 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from obsdiff.device import pick_device
 from obsdiff.errors import InputError
 from obsdiff.export.bundle import CONFIG, Manifest, open_bundle
 from obsdiff.files import read_json
@@ -45,11 +46,15 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
 
     def forward(self, return_dict: bool = True, **inputs: Any) -> Any:
         """The denoiser's own call. Raises InputError for a size outside the bundle's range and for unknown inputs."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
+        sizes: dict[str, int] = {}
         for entry in self._manifest.inputs:
             if (value := inputs.pop(entry.name, None)) is None:
                 raise InputError(f"the engine needs the input {entry.name}")
             _check_shape(entry.name, entry.axes, value, self._manifest)
+            for axis, size in zip(entry.axes, value.shape, strict=True):
+                if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
+                    raise InputError(f"{entry.name} has shape {list(value.shape)}: its {axis} should be {sizes[axis]}")
             tensors[entry.name] = value.to(getattr(torch, entry.dtype))
         if extra := sorted(name for name, value in inputs.items() if value is not None):
             raise InputError(f"the engine has no input {', '.join(extra)}: use the diffusers pipeline for that")
@@ -86,9 +91,9 @@ def load(
 
     A bundle is verified first (pass its `manifest` from open_bundle to verify once) and its denoiser runs on `backend`;
     anything else runs in torch. The device defaults to cuda where there is one.
-    Raises InputError when the path or the backend is wrong.
+    Raises InputError when the path, the backend or the device is wrong.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     if not (Path(path) / MANIFEST).exists():
         if backend not in ("auto", "torch"):
             raise InputError(f"{path} is not a bundle, so it runs on the torch backend: export it first")
@@ -108,12 +113,19 @@ def load(
 def bundle_source(folder: Path, manifest: Manifest) -> Source:
     """A bundle's pipeline folder, without a look at the denoiser's weights."""
     defaults = folder / "generation_config.json"
+    index, config = read_json(folder / "model_index.json"), read_json(folder / CONFIG)
+    if not isinstance(index, dict) or index.get("_class_name") != manifest.pipeline:
+        raise InputError(f"{folder}: model_index.json is not of the {manifest.pipeline} that the manifest names")
+    if {name for name in index if not name.startswith("_")} != {*manifest.components, manifest.component}:
+        raise InputError(f"{folder}: model_index.json has other components than the manifest")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}: {CONFIG} is not a denoiser's config")
     return Source(
         name=str(folder),
         path=folder,
-        index=read_json(folder / "model_index.json"),
+        index=index,
         spec=find_spec(manifest.denoiser),
-        config={k: v for k, v in read_json(folder / CONFIG).items() if not k.startswith("_")},
+        config={k: v for k, v in config.items() if not k.startswith("_")},
         defaults=read_json(defaults) if defaults.exists() else {},
     )
 

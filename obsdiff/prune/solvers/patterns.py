@@ -65,8 +65,20 @@ def nm_mask(score: Tensor, pattern: NM) -> Tensor:
 
 def best_mask(score: Tensor, count: int) -> Tensor:
     """Keeps the `count` best entries of each row. score [rows, columns]; bool of the same shape."""
-    best = score.topk(count, dim=1).indices
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    mask = score >= score.kthvalue(score.shape[1] - count + 1, dim=1, keepdim=True).values  # a quarter of topk's time
+    if bool((mask.sum(1) == count).all()):
+        return mask
+    best = score.topk(count, dim=1).indices  # ties, which a threshold cannot tell apart
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True)
+
+
+def pattern_mask(score: Tensor, pattern: Pattern) -> Tensor:
+    """A layer's mask: the best of every group, or of all entries together. score [out, in]; bool of that shape."""
+    if isinstance(pattern, NM):
+        return nm_mask(score, pattern)
+    return best_mask(score.reshape(1, -1), kept_count(pattern.sparsity, score.numel())).view_as(score)
 
 
 def kept_count(sparsity: float, entries: int) -> int:

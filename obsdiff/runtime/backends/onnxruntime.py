@@ -20,6 +20,8 @@ def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
 
     if "onnx" not in manifest.formats:
         raise InputError(f"{bundle} has no ONNX graph: export with --format onnx, or use --backend torch")
+    if odd := sorted({entry.dtype for entry in (*manifest.inputs, *manifest.outputs)} - set(ELEMENTS)):
+        raise InputError(f"{bundle}: ONNX Runtime does not take {odd[0]}: use --backend torch")
     kind, _, index = device.partition(":")
     provider = PROVIDERS.get(kind)
     if provider not in onnxruntime.get_available_providers():
@@ -30,7 +32,7 @@ def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
     try:
         session = onnxruntime.InferenceSession(str(bundle / GRAPH), options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-        raise ObsdiffError(f"{bundle / GRAPH}: ONNX Runtime does not load it: {error}") from None
+        raise ObsdiffError(f"{bundle / GRAPH}: ONNX Runtime does not load it: {_first_line(error)}") from None
     if session.get_providers()[0] != provider:  # it falls back to the CPU without a word
         raise ObsdiffError(f"ONNX Runtime could not start {provider} and would have used the CPU instead")
     (output,) = manifest.outputs
@@ -50,7 +52,14 @@ def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
         binding.bind_output(output.name, kind, int(index or 0), ELEMENTS[output.dtype], shape, result.data_ptr())
         if kind == "cuda":
             torch.cuda.current_stream().synchronize()  # the session runs on a stream of its own
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise ObsdiffError(f"{bundle / GRAPH}: ONNX Runtime does not run it: {_first_line(error)}") from None
         return result
 
     return denoise
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -6,23 +6,34 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from obsdiff.errors import InputError
 from obsdiff.export.bundle import CONFIG, WEIGHTS, Manifest
-from obsdiff.export.shrink import shrink
 from obsdiff.files import read_json
 from obsdiff.models import find_spec
+from obsdiff.models.shrink import shrink
 from obsdiff.models.source import quiet_libraries
 from obsdiff.runtime.backends import Denoise
 
 
 def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
-    """Rebuilds the module from the bundle's config and groups; its parameters are never held twice."""
+    """Rebuilds the module from the bundle's config and groups; its parameters are never held twice.
+
+    Raises InputError when the groups or the weights do not fit the config.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
-    with quiet_libraries(), init_empty_weights(include_buffers=False):
-        denoiser = getattr(diffusers, manifest.denoiser).from_config(read_json(bundle / CONFIG))
-    shrink(denoiser, find_spec(manifest.denoiser), manifest.groups)
-    denoiser.load_state_dict(load_file(bundle / WEIGHTS), assign=True)
+    spec = find_spec(manifest.denoiser)
+    try:
+        with quiet_libraries(), init_empty_weights(include_buffers=False):
+            denoiser = getattr(diffusers, spec.denoiser).from_config(read_json(bundle / CONFIG))
+        shrink(denoiser, spec, manifest.groups)
+        denoiser.load_state_dict(load_file(bundle / WEIGHTS), assign=True)
+    except InputError:
+        raise
+    except Exception as error:  # diffusers and safetensors each raise their own
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{bundle}: the denoiser's config and weights do not fit each other: {reason}") from None
     denoiser.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from obsdiff.checkpoint import GroupRecord
 from obsdiff.errors import InputError
-from obsdiff.models import ModelSpec, Span, walk
+from obsdiff.models import GroupRecord, ModelSpec, Span, walk
 
 
 def shrink(denoiser: nn.Module, spec: ModelSpec, groups: Iterable[GroupRecord]) -> None:

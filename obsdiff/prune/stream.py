@@ -1,0 +1,112 @@
+"""Calibration that samples once: the dense trajectories are recorded, then go through the pruned blocks one by one.
+
+A sampler run for every package costs as many full models as there are packages. Here a block's inputs are those of the
+dense trajectories carried through the pruned blocks before it, so that every block is a package of its own for the cost
+of one sampler run and two passes.
+"""
+
+import inspect
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.errors import InputError
+from obsdiff.models import ModelSpec, walk
+from obsdiff.models.walk import Stage
+from obsdiff.prune import ranks
+from obsdiff.prune.cache import ActivationCache
+from obsdiff.prune.calibration import Calibration, Collector, inputs_of, run_batches, sampler_cost, whole_denoiser
+from obsdiff.prune.hessian import Hessians
+from obsdiff.prune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser in a trajectory: its prompts, its step's weight, and what all blocks get alike."""
+
+    prompts: range
+    alpha: float
+    shared: Mapping[str, Any]
+
+
+def stream_hessians(
+    run: Calibration, packages: Sequence[Sequence[Stage]], done: Container[int]
+) -> Iterator[tuple[int, Hessians | None]]:
+    """Yields each package with its Hessians, None for one that is done; the caller prunes it before going on.
+
+    A package lies within one block. Raises InputError when the family's blocks cannot be chained.
+    """
+    if not run.spec.carried:
+        raise InputError(f"--calibration stream: the blocks of {run.spec.title} do not form one chain; use sampler")
+    blocks = walk.blocks_of(run.denoiser, run.spec)
+    cache = ActivationCache(run.folder / f"stream-{ranks.rank()}", int(run.recipe.cache_gb * 1e9))
+    calls = _record(run, blocks[0], cache, len(blocks))
+    last = packages[-1][0].block
+    for index, block in enumerate(blocks[: last + 1]):
+        note = f"block {index + 1}/{len(blocks)}"
+        block.to(run.device)
+        for k, package in enumerate(packages):
+            if package[0].block == index:
+                yield k, None if k in done else _collect(run, block, package, calls, cache, f"{note}: calibrating")
+        for number, call in enumerate(calls) if index < last else ():
+            outputs = _call(block, call, cache.get(number))
+            cache.put(number, dict(zip(run.spec.carried, outputs, strict=True)))
+            run.advance(1, f"{note}: carrying on")
+        if run.recipe.offload:
+            block.to("cpu")
+    cache.close()
+
+
+def stream_cost(
+    denoiser: nn.Module, spec: ModelSpec, packages: Sequence[Sequence[Stage]], done: Container[int], recipe: Recipe
+) -> int:
+    """Units of work that stream_hessians will tell of: calls of a block."""
+    calls = sampler_cost(denoiser, spec, packages[:1], (), recipe)
+    recorded, carried = len(walk.blocks_of(denoiser, spec)), packages[-1][0].block
+    return calls * (recorded + carried + sum(k not in done for k in range(len(packages))))
+
+
+def _record(run: Calibration, first: nn.Module, cache: ActivationCache, cost: int) -> list[Call]:
+    """Runs the sampler once and keeps what the first block gets in every call: the carried tensors in the cache."""
+    calls: list[Call] = []
+    state = Collector(run, [])
+
+    def keep(_block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        named = dict(zip(inspect.signature(first.forward).parameters, args, strict=False)) | dict(kwargs)
+        cache.put(len(calls), {name: named.pop(name) for name in run.spec.carried})
+        calls.append(Call(state.prompts, state.alpha, named))
+        run.advance(cost, "recording the dense trajectories")
+
+    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with whole_denoiser(run):
+            run_batches(run, state)
+    finally:
+        handle.remove()
+    return calls
+
+
+def _collect(
+    run: Calibration,
+    block: nn.Module,
+    package: Sequence[Stage],
+    calls: Sequence[Call],
+    cache: ActivationCache,
+    note: str,
+) -> Hessians:
+    collector = Collector(run, inputs_of(package))
+    with collector.listening():
+        for number, call in enumerate(calls):
+            collector.prompts, collector.alpha = call.prompts, call.alpha
+            _call(block, call, cache.get(number))
+            run.advance(1, note)
+    return collector.hessians
+
+
+@torch.no_grad()
+def _call(block: nn.Module, call: Call, carried: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    device = next(block.parameters()).device
+    return block(**{name: tensor.to(device) for name, tensor in carried.items()}, **call.shared)

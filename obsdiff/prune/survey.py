@@ -1,0 +1,175 @@
+"""What pruning each layer would do to the denoiser's output, measured on the dense model before anything is pruned."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.models import walk
+from obsdiff.models.walk import Stage
+from obsdiff.prune import ranks
+from obsdiff.prune.calibration import Calibration, Collector, run_batches
+from obsdiff.prune.hessian import Hessians, mean
+from obsdiff.prune.solvers import Unstructured, relative_error
+from obsdiff.prune.solvers.auto import sample_rows
+from obsdiff.prune.solvers.obs import obs
+from obsdiff.prune.structured import remove_obs
+
+Curve = list[tuple[float, float]]
+"""(amount, error): the sparsity or the units that stay, and the squared relative error of the denoiser's output."""
+
+PROMPTS = 16  # enough for an order of the layers, a part of the calibration's cost
+CALLS = 4  # of the denoiser, spread over the steps, to feel each layer's weight in the output
+STEP = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """curves: by linear (full name) or by group stage; outliers: by linear, the share of |w| ‖x‖ above five times its
+    mean (OWL, arXiv 2310.05175); block_inputs: keyword arguments of one recorded call by block."""
+
+    curves: dict[str, Curve]
+    outliers: dict[str, float]
+    probe: "Probe"
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.curves, *self.outliers]
+
+    @property
+    def block_inputs(self) -> dict[int, dict[str, Any]]:
+        return self.probe.block_inputs
+
+
+def survey(
+    run: Calibration,
+    packages: Sequence[Sequence[Stage]],
+    stored: Mapping[str, Tensor],
+    calibrate: Callable[..., Iterator[tuple[int, Hessians | None]]],
+) -> Survey:
+    """Measures every stage of the packages over a few prompts.
+
+    A curve's shape is the layer's own OBS error over the amount; its height is what one measured amount did to the
+    output of the whole denoiser on recorded calls.
+    """
+    recipe = run.recipe.model_copy(update={"solver": "obs"})
+    few = dataclasses.replace(run, batches=run.batches[: max(1, PROMPTS // recipe.batch_size)], recipe=recipe)
+    probe = Probe(run)
+    curves: dict[str, Curve] = {}
+    outliers: dict[str, float] = {}
+    for k, hessians in calibrate(few, packages, ()):
+        assert hessians
+        ranks.add_up(hessian for parts in hessians.values() for hessian in parts)
+        for stage in packages[k]:
+            if stage.group:
+                curves[stage.name] = _group_curve(stage, hessians, stored, run, probe)
+            elif recipe.allocation == "owl":
+                outliers |= _outliers(stage, hessians, stored)
+            else:
+                curves |= _linear_curves(stage, hessians, stored, run, probe)
+    return Survey(curves, outliers, probe)
+
+
+class Probe:
+    """Calls of the dense denoiser that were recorded once, to be run again with other weights."""
+
+    def __init__(self, run: Calibration):
+        self._denoiser = run.denoiser
+        kept: list[dict[str, Any]] = []
+
+        def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            kept.append(kwargs)
+
+        handle = run.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+        run_batches(dataclasses.replace(run, batches=run.batches[:1]), Collector(run, []))
+        handle.remove()
+        self._calls = kept[:: max(1, len(kept) // CALLS)][:CALLS]
+        self.block_inputs = self._record_blocks(walk.blocks_of(run.denoiser, run.spec))
+        self._expected = self._outputs()
+
+    @torch.no_grad()
+    def _record_blocks(self, blocks: nn.ModuleList) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        handles = [
+            block.register_forward_pre_hook(
+                lambda _module, _args, kwargs, number=number: found.__setitem__(number, kwargs), with_kwargs=True
+            )
+            for number, block in enumerate(blocks)
+        ]
+        self.call(self._denoiser)()
+        for handle in handles:
+            handle.remove()
+        return found
+
+    def call(self, denoiser: nn.Module) -> Callable[[], Any]:
+        """What runs a denoiser on the first recorded call."""
+
+        @torch.no_grad()
+        def run() -> Any:
+            return denoiser(**self._calls[0])
+
+        return run
+
+    @torch.no_grad()
+    def error(self, tensors: Mapping[str, Tensor]) -> float:
+        """The squared relative error of the outputs with these tensors in the place of the denoiser's own."""
+        parameters = dict(self._denoiser.named_parameters())
+        own = {name: parameters[name].clone() for name in tensors}
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+        outputs = self._outputs()
+        for name, tensor in own.items():
+            parameters[name].copy_(tensor)
+        lost = sum(float((a - b).square().sum()) for a, b in zip(outputs, self._expected, strict=True))
+        return lost / sum(float(b.square().sum()) for b in self._expected)
+
+    @torch.no_grad()
+    def _outputs(self) -> list[Tensor]:
+        return [self._denoiser(**{**call, "return_dict": False})[0].float() for call in self._calls]
+
+
+def _linear_curves(
+    stage: Stage, hessians: Hessians, stored: Mapping[str, Tensor], run: Calibration, probe: Probe
+) -> dict[str, Curve]:
+    sparsity = run.recipe.sparsity or 0.5
+    grid = [sparsity + STEP * k for k in range(-9, 10) if 0.05 <= sparsity + STEP * k <= 0.95]
+    curves = {}
+    for shared in stage.linears:
+        hessian = mean(hessians[shared]).hessian
+        for name in shared:
+            weight = stored[f"{name}.weight"].to(hessian.device).float()
+            part = sample_rows(weight)
+            errors = [relative_error(part, obs(part, hessian, Unstructured(s))[0], hessian) ** 2 for s in grid]
+            pruned = obs(weight, hessian, Unstructured(sparsity))[0]
+            height = probe.error({f"{name}.weight": pruned}) / max(relative_error(weight, pruned, hessian) ** 2, 1e-12)
+            curves[name] = [(s, error * height) for s, error in zip(grid, errors, strict=True)]
+    return curves
+
+
+def _outliers(stage: Stage, hessians: Hessians, stored: Mapping[str, Tensor]) -> dict[str, float]:
+    found = {}
+    for shared in stage.linears:
+        norms = mean(hessians[shared]).hessian.diagonal().clamp(min=0).sqrt()
+        for name in shared:
+            score = stored[f"{name}.weight"].to(norms.device).float().abs() * norms
+            found[name] = (score > 5 * score.mean()).float().mean().item()
+    return found
+
+
+def _group_curve(
+    stage: Stage, hessians: Hessians, stored: Mapping[str, Tensor], run: Calibration, probe: Probe
+) -> Curve:
+    assert stage.group
+    units = walk.unit_count(run.denoiser, run.spec, stage.block, stage.group)
+    readers = [shared[0] for shared in stage.linears]
+    means = [mean(hessians[shared]).hessian for shared in stage.linears]
+    weights = [stored[f"{name}.weight"].to(means[0].device) for name in readers]
+    path = remove_obs(weights, means, units, max(1, units // 4)).losses
+    if not path:
+        return [(float(units), 0.0)]
+    middle = len(path) // 2
+    pruned = remove_obs(weights, means, units, units - middle - 1).weights
+    height = probe.error({f"{n}.weight": w for n, w in zip(readers, pruned, strict=True)}) / max(path[middle], 1e-12)
+    return [(float(units), 0.0), *((float(units - k), height * lost) for k, lost in enumerate(path, 1))]
