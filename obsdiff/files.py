@@ -25,7 +25,8 @@ def whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:  # a full disk says that it is full, and not where
-        error.filename = error.filename or str(path)
+        if error.errno:
+            error.filename = error.filename or str(path)
         raise
     finally:
         part.unlink(missing_ok=True)

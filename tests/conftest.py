@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-QUICK: dict[str, Any] = {"num_prompts": 4, "steps": 2, "batch_size": 4, "packages": 2, "device": "cpu"}
+QUICK: dict[str, Any] = {
+    "num_prompts": 4,
+    "steps": 2,
+    "batch_size": 4,
+    "packages": 2,
+    "allocation": "uniform",
+    "device": "cpu",
+}
 """Options of a prune that takes about a second."""
 
 

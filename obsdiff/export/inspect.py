@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from obsdiff import checkpoint
 from obsdiff.export.bundle import WEIGHTS, open_bundle
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
-from obsdiff.models.source import MANIFEST, Source, find_source
+from obsdiff.models import walk
+from obsdiff.models.source import MANIFEST, Source, find_source, meta_denoiser
 from obsdiff.prune.solvers.patterns import NM, is_nm
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8))
@@ -40,6 +44,13 @@ def _inspect_source(source: Source) -> dict[str, Any]:
         if group.name == record.name
         for span in group.rows + group.columns
     }
+    kept = walk.kept_entries(meta_denoiser(source), source.spec, groups)
+
+    def left(name: str) -> Tensor:
+        """The mask without the rows and columns that an export removes."""
+        rows, columns = kept.get(name) or map(torch.arange, masks[name].shape)
+        return masks[name][rows][:, columns]
+
     about: dict[str, Any] = {
         "kind": "pruned checkpoint" if info else "dense model",
         "pipeline": source.index["_class_name"],
@@ -65,7 +76,7 @@ def _inspect_source(source: Source) -> dict[str, Any]:
         "layers": [
             {
                 **layer.model_dump(),
-                "nm": next((str(nm) for nm in PATTERNS if is_nm(masks[layer.name], nm)), None),
+                "nm": next((str(nm) for nm in PATTERNS if is_nm(left(layer.name), nm)), None),
                 "units": units.get(layer.name),
             }
             for layer in (info.layers if info else [])

@@ -22,7 +22,7 @@ class ActivationCache:
         self._used -= _bytes(self._held.pop(number, {}))
         size = _bytes(tensors)
         if self._used + size <= self._limit:
-            self._held[number] = {name: tensor.cpu() for name, tensor in tensors.items()}
+            self._held[number] = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             self._used += size
         else:
             self._folder.mkdir(parents=True, exist_ok=True)

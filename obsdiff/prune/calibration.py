@@ -162,13 +162,18 @@ def whole_denoiser(run: Calibration) -> Iterator[None]:
         yield
         return
     from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_submodules
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 
+    modules = [part for part in run.sampler.components.values() if isinstance(part, nn.Module)]
     cpu_offload(run.denoiser, torch.device(run.device))
+    for module in modules:
+        if module is not run.denoiser:  # a pipeline looks for its device in the first component that has no hook
+            add_hook_to_module(module, ModelHook())
     try:
         yield
     finally:
-        remove_hook_from_submodules(run.denoiser)
+        for module in modules:
+            remove_hook_from_submodules(module)
 
 
 def sampler_hessians(

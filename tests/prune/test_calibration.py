@@ -47,6 +47,7 @@ def make_run(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRu
             source.spec,
             encode_prompts(pipe, source.spec, recipe, "cpu"),
             recipe,
+            "cpu",
             tmp_path_factory.mktemp("calibration"),
             lambda count, note: None,
         )
@@ -193,7 +194,7 @@ def test_another_seed_is_other_noise(make_run: MakeRun) -> None:
 
 def test_the_collector_is_told_of_every_step_and_prompt(make_run: MakeRun) -> None:
     run = make_run(num_prompts=3, steps=3)
-    collector = Collector(run.denoiser, [])
+    collector = Collector(run, [])
     seen: list[tuple[range, float]] = []
     handle = run.denoiser.register_forward_pre_hook(lambda *_: seen.append((collector.prompts, collector.alpha)))
     run_batches(run, collector)
@@ -219,6 +220,6 @@ def test_what_is_done_costs_no_run_of_the_sampler(make_run: MakeRun) -> None:
 def test_no_hook_stays_behind(make_run: MakeRun) -> None:
     run = make_run()
     collect(run)
-    with pytest.raises(KeyboardInterrupt), Collector(run.denoiser, inputs_of(stages_of(run))).listening():
+    with pytest.raises(KeyboardInterrupt), Collector(run, inputs_of(stages_of(run))).listening():
         raise KeyboardInterrupt
     assert not [name for name, module in run.denoiser.named_modules() if module._forward_pre_hooks]
