@@ -71,7 +71,16 @@ def command(
         int | None,
         typer.Option(help="sampler: 1 run is cheapest, more see the pruning before them. [default: 4]"),
     ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="stream: symmetric keeps a layer's outputs for the inputs it gets, asymmetric the dense ones."
+        ),
+    ] = "symmetric",
     token_share: Annotated[float, typer.Option(help="Share of the tokens that is calibrated on.")] = 1,
+    call_share: Annotated[
+        float, typer.Option(help="stream: share of the recorded denoiser calls that is calibrated on.")
+    ] = 1,
     cache_gb: Annotated[float, typer.Option(help="stream: memory for activations; more goes to OUT.partial.")] = 8,
     offload: Annotated[
         bool, typer.Option("--offload", help="stream: keep the model on the CPU, one block at a time on the device.")

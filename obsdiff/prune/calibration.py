@@ -117,15 +117,20 @@ class Collector:
     """The Hessians of linears, each from the one input that its linears share.
 
     For the solver auto there are two for each: of the even and of the odd prompts. `prompts` and `alpha` say what runs:
-    the numbers of the batch's prompts, and the weight of the sampler's step.
+    the numbers of the batch's prompts, and the weight of the sampler's step. For the asymmetric target `dense` holds
+    what the dense model has in the place of each input of this call.
     """
 
     def __init__(self, run: Calibration, inputs: Sequence[tuple[str, ...]]):
         self.prompts, self.alpha = range(0), 1.0
+        self.dense: dict[tuple[str, ...], Tensor] = {}
         self._share, self._random = run.recipe.token_share, torch.Generator().manual_seed(run.recipe.seed)
         self._modules = {names: walk.linear(run.denoiser, names[0]) for names in inputs}
         self.hessians: Hessians = {
-            names: [Hessian(module.in_features, run.device) for _ in range(2 if run.recipe.solver == "auto" else 1)]
+            names: [
+                Hessian(module.in_features, run.device, run.recipe.target == "asymmetric")
+                for _ in range(2 if run.recipe.solver == "auto" else 1)
+            ]
             for names, module in self._modules.items()
         }
 
@@ -134,25 +139,31 @@ class Collector:
         """Adds the inputs of every call of the linears while the body runs."""
         with contextlib.ExitStack() as hooks:
             for names, module in self._modules.items():
-                hooks.callback(module.register_forward_pre_hook(self._hook(self.hessians[names])).remove)
+                hooks.callback(module.register_forward_pre_hook(self._hook(names)).remove)
             yield
 
-    def _hook(self, hessians: Sequence[Hessian]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def _hook(self, names: tuple[str, ...]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for part, hessian in enumerate(hessians):
-                # With guidance every prompt is there twice, the whole batch after the whole batch.
-                rows = torch.arange(len(args[0])) % len(self.prompts) + self.prompts.start
-                chosen = args[0] if len(hessians) == 1 else args[0][rows % 2 == part]
-                hessian.add(self._some(chosen.reshape(-1, chosen.shape[-1])), self.alpha)
+            dense = self.dense.get(names)
+            for part, hessian in enumerate(self.hessians[names]):
+                chosen = self._choose(args[0], part, len(self.hessians[names]))
+                twins = None if dense is None else dense.flatten(0, -2)[chosen]
+                hessian.add(args[0].flatten(0, -2)[chosen], self.alpha, twins)
 
         return add
 
-    def _some(self, tokens: Tensor) -> Tensor:
-        """The recipe's share of the tokens, drawn anew each time."""
-        if self._share == 1:
-            return tokens
-        chosen = torch.randperm(len(tokens), generator=self._random)[: max(1, round(self._share * len(tokens)))]
-        return tokens[chosen.to(tokens.device)]
+    def _choose(self, inputs: Tensor, part: int, parts: int) -> Tensor | slice:
+        """Which tokens of [batch, ..., width] go into that part: its prompts', and of those the recipe's share."""
+        if parts == 1 and self._share == 1:
+            return slice(None)
+        # With guidance every prompt is there twice, the whole batch after the whole batch.
+        prompts = torch.arange(len(inputs)) % len(self.prompts) + self.prompts.start
+        tokens = prompts.repeat_interleave(inputs.shape[:-1].numel() // len(inputs))
+        chosen = (tokens % parts == part).nonzero().flatten()
+        if self._share < 1:
+            order = torch.randperm(len(chosen), generator=self._random)
+            chosen = chosen[order[: round(self._share * len(chosen))]]
+        return chosen.to(inputs.device)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def predict(
     Hessians are those of the largest package, float32, two for each input with the solver auto; `tokens` are those of
     one calibration call (image and prompt, both guidance passes).
     """
-    split = 2 if recipe.solver == "auto" else 1
+    split = (2 if recipe.solver == "auto" else 1) * (2 if recipe.target == "asymmetric" else 1)
     itemsize = getattr(torch, recipe.dtype).itemsize
     sizes = {x: walk.linear(denoiser, x[0]).weight.shape for p in packages for stage in p for x in stage.linears}
     hessians = [sum(4.0 * split * sizes[x][1] ** 2 for stage in p for x in stage.linears) for p in packages]

@@ -90,6 +90,7 @@ def add_up(hessians: Iterable[Hessian]) -> None:
         return
     for hessian in hessians:
         weight = torch.tensor(hessian.weight, dtype=torch.float64)
-        for tensor in (hessian.total, hessian.sum, weight):
-            dist.all_reduce(tensor)
+        for tensor in (hessian.total, hessian.sum, hessian.cross, weight):
+            if tensor is not None:
+                dist.all_reduce(tensor)
         hessian.weight = float(weight)

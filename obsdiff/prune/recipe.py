@@ -40,9 +40,11 @@ class Recipe(BaseModel):
     call: Mapping[str, Any] = {}
     batch_size: int = Field(8, ge=1)
     calibration: Literal["sampler", "stream"] = "sampler"
+    target: Literal["symmetric", "asymmetric"] = "symmetric"
     packages: int | None = Field(None, ge=1)
     offload: bool = False
     token_share: float = Field(1, gt=0, le=1)
+    call_share: float = Field(1, gt=0, le=1)
     cache_gb: float = Field(8, ge=0)
     timestep_weighting: Weighting = "log-decrease"
     blocks: str = ":"
@@ -80,6 +82,10 @@ class Recipe(BaseModel):
             raise ValueError("packages is an option of --calibration sampler: in a stream every block is one")
         if self.offload and (self.calibration != "stream" or self.target_speedup is not None):
             raise ValueError("offload needs --calibration stream, and nothing can be timed with it (target_speedup)")
+        if self.target == "asymmetric" and (self.calibration != "stream" or self.pattern == STRUCTURED):
+            raise ValueError("target asymmetric needs --calibration stream and a pattern with a mask for each weight")
+        if self.call_share < 1 and self.calibration != "stream":
+            raise ValueError("call_share is an option of --calibration stream")
         for name in ("heads", "neurons", "round_to"):
             if getattr(self, name) is not None and not self.structured:
                 raise ValueError(f"{name} is an option of --pattern structured and structured+N:M")

@@ -75,14 +75,32 @@ def _solve_linears(stage: Stage, hessians: Hessians, problem: Problem) -> Solved
                 options["held_out"] = held_out[0]
             elif recipe.solver == "dsnot":
                 options["mean"] = parts[0].mean[columns]
+            wanted = weight[rows][:, columns]
             try:
-                solution = solve(weight[rows][:, columns], hessian, pattern, recipe.solver, **options)
+                if recipe.target == "asymmetric":
+                    wanted = asymmetric_target(wanted, parts, columns)
+                solution = solve(wanted, hessian, pattern, recipe.solver, **options)
             except ValueError as error:
                 raise InputError(f"{name}: {error}") from None
             pruned, mask = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
             pruned[rows[:, None], columns], mask[rows[:, None], columns] = solution.weight, solution.mask
             solved.add(name, pruned, mask, solution.error, solution.choice)
     return solved
+
+
+def asymmetric_target(weight: Tensor, parts: Sequence[Moments], columns: Tensor, damping: float = 1.0) -> Tensor:
+    """W̃ = W (X̃ Xᵀ + D) (X Xᵀ + D)⁻¹, which gives from the inputs X what W gives from the dense model's X̃.
+
+    Pruning W̃ for the Hessian of X then minimises ‖W X̃ − Ŵ X‖² (GPTAQ, arXiv 2504.02692). D is `damping` times the
+    diagonal of X Xᵀ; as much as 1 was best on the embedded model. weight [out, in]; returns its dtype.
+    """
+    hessian = sum(part.hessian[columns][:, columns] for part in parts)
+    cross = sum(part.cross[columns][:, columns] for part in parts if part.cross is not None)
+    assert isinstance(hessian, Tensor)
+    diagonal = damping * hessian.diagonal()
+    ridge = torch.diag(torch.where(diagonal > 0, diagonal, 1))
+    lower = torch.linalg.cholesky(hessian + ridge)
+    return torch.cholesky_solve((weight.float() @ (cross + ridge)).T, lower).T.to(weight.dtype)
 
 
 def _solve_group(stage: Stage, hessians: Hessians, problem: Problem) -> Solved:

@@ -5,9 +5,11 @@ dense trajectories carried through the pruned blocks before it, so that every bl
 of one sampler run and two passes.
 """
 
+import copy
 import inspect
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -44,20 +46,30 @@ def stream_hessians(
     blocks = walk.blocks_of(run.denoiser, run.spec)
     cache = ActivationCache(run.folder / f"stream-{ranks.rank()}", int(run.recipe.cache_gb * 1e9))
     calls = _record(run, blocks[0], cache, len(blocks))
+    dense: ActivationCache | None = None
+    if run.recipe.target == "asymmetric":
+        dense = ActivationCache(run.folder / f"dense-{ranks.rank()}", int(run.recipe.cache_gb * 1e9))
+        for number in range(len(calls)):
+            dense.put(number, cache.get(number))
     last = packages[-1][0].block
     for index, block in enumerate(blocks[: last + 1]):
         note = f"block {index + 1}/{len(blocks)}"
         block.to(run.device)
+        twin = copy.deepcopy(block) if dense else None
         for k, package in enumerate(packages):
             if package[0].block == index:
-                yield k, None if k in done else _collect(run, block, package, calls, cache, f"{note}: calibrating")
+                hessians = None if k in done else _collect(run, block, package, calls, cache, twin, dense, note)
+                yield k, hessians
         for number, call in enumerate(calls) if index < last else ():
-            outputs = _call(block, call, cache.get(number))
-            cache.put(number, dict(zip(run.spec.carried, outputs, strict=True)))
+            _carry(run, block, call, cache, number)
+            if twin and dense:
+                _carry(run, twin, call, dense, number)
             run.advance(1, f"{note}: carrying on")
         if run.recipe.offload:
             block.to("cpu")
-    cache.close()
+    for used in (cache, dense):
+        if used:
+            used.close()
 
 
 def stream_cost(
@@ -65,20 +77,23 @@ def stream_cost(
 ) -> int:
     """Units of work that stream_hessians will tell of: calls of a block."""
     calls = sampler_cost(denoiser, spec, packages[:1], (), recipe)
-    recorded, carried = len(walk.blocks_of(denoiser, spec)), packages[-1][0].block
-    return calls * (recorded + carried + sum(k not in done for k in range(len(packages))))
+    collected, carried = sum(k not in done for k in range(len(packages))), packages[-1][0].block
+    return calls * len(walk.blocks_of(denoiser, spec)) + int(calls * recipe.call_share) * (collected + carried)
 
 
 def _record(run: Calibration, first: nn.Module, cache: ActivationCache, cost: int) -> list[Call]:
     """Runs the sampler once and keeps what the first block gets in every call: the carried tensors in the cache."""
     calls: list[Call] = []
-    state = Collector(run, [])
+    state, seen, share = Collector(run, []), count(1), run.recipe.call_share
 
     def keep(_block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        run.advance(cost, "recording the dense trajectories")
+        number = next(seen)
+        if int(number * share) == int((number - 1) * share):  # every 1 / share-th call, whatever the share
+            return
         named = dict(zip(inspect.signature(first.forward).parameters, args, strict=False)) | dict(kwargs)
         cache.put(len(calls), {name: named.pop(name) for name in run.spec.carried})
         calls.append(Call(state.prompts, state.alpha, named))
-        run.advance(cost, "recording the dense trajectories")
 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -95,15 +110,33 @@ def _collect(
     package: Sequence[Stage],
     calls: Sequence[Call],
     cache: ActivationCache,
+    twin: nn.Module | None,
+    dense: ActivationCache | None,
     note: str,
 ) -> Hessians:
+    """Runs the block on every call; its dense twin, where there is one, first and on the dense model's inputs."""
     collector = Collector(run, inputs_of(package))
+    prefix = f"{run.spec.blocks}.{package[0].block}."
+
+    def keep(names: tuple[str, ...]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: collector.dense.__setitem__(names, args[0])
+
+    for names in collector.hessians if twin else ():
+        assert twin
+        twin.get_submodule(names[0].removeprefix(prefix)).register_forward_pre_hook(keep(names))
     with collector.listening():
         for number, call in enumerate(calls):
             collector.prompts, collector.alpha = call.prompts, call.alpha
+            if twin and dense:
+                _call(twin, call, dense.get(number))
             _call(block, call, cache.get(number))
-            run.advance(1, note)
+            run.advance(1, f"{note}: calibrating")
     return collector.hessians
+
+
+def _carry(run: Calibration, block: nn.Module, call: Call, cache: ActivationCache, number: int) -> None:
+    outputs = _call(block, call, cache.get(number))
+    cache.put(number, dict(zip(run.spec.carried, outputs, strict=True)))
 
 
 @torch.no_grad()

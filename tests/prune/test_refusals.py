@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from obsdiff.errors import InputError
 from obsdiff.models import FAMILIES

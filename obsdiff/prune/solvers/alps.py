@@ -27,12 +27,7 @@ def alps(
     weight [out, in] float32.
     Raises ValueError when the hessian cannot be factored even so.
     """
-    scale = hessian.diagonal().clamp(min=0).sqrt()
-    live = scale > 0
-    scale = torch.where(live, scale, 1)
-    scaled = _solvable(hessian / scale[:, None] / scale, damping, rho)
-    dense = weight * scale * live
-    target = dense @ scaled
+    dense, target, scaled, scale = _scale(weight, hessian, damping, rho)
     mask = pattern_mask(dense.abs(), pattern)
     sparse, dual = dense * mask, torch.zeros_like(dense)
     for _ in range(rounds):
@@ -48,6 +43,12 @@ def alps(
             break
         rho *= growth
     return conjugate_gradients(sparse, target, scaled, mask, refits) / scale, mask
+
+
+def refit(weight: Tensor, hessian: Tensor, start: Tensor, mask: Tensor, damping: float, steps: int = 10) -> Tensor:
+    """The weights on a mask that is given, from `start`, with alps's damping. All [out, in] but hessian; float32."""
+    _, target, scaled, scale = _scale(weight, hessian, damping)
+    return conjugate_gradients(start * scale, target, scaled, mask, steps) / scale
 
 
 def conjugate_gradients(start: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int) -> Tensor:
@@ -69,6 +70,16 @@ def conjugate_gradients(start: Tensor, target: Tensor, hessian: Tensor, mask: Te
         previous, energy = energy, residual.square().sum(1, keepdim=True)
         direction = residual + torch.where(previous > 0, energy / previous, 0) * direction
     return weight
+
+
+def _scale(weight: Tensor, hessian: Tensor, damping: float, rho: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weight, its target and the damped H for inputs with a second moment of one, and the scale taken."""
+    scale = hessian.diagonal().clamp(min=0).sqrt()
+    live = scale > 0
+    scale = torch.where(live, scale, 1)
+    scaled = _solvable(hessian / scale[:, None] / scale, damping, rho)
+    dense = weight * scale * live
+    return dense, dense @ scaled, scaled, scale
 
 
 def _solvable(scaled: Tensor, damping: float, rho: float) -> Tensor:

@@ -1,18 +1,18 @@
 """Which solver, and how much damping: decided by the error on inputs that were not solved for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from obsdiff.prune.solvers.alps import alps
+from obsdiff.prune.solvers.alps import alps, refit
 from obsdiff.prune.solvers.error import relative_error
 from obsdiff.prune.solvers.obs import obs
 from obsdiff.prune.solvers.patterns import Pattern
 
-CANDIDATES = (("obs", 0.01), ("alps", 0.01), ("alps", 0.1), ("alps", 0.3), ("alps", 1.0))
-FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"obs": obs, "alps": alps}
-ROWS = 256  # outputs that candidates are tried on: rows share a hessian, so a part of them speaks for all
+OBS_DAMPING = 0.01
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+ROWS = 256  # outputs that are tried: rows share a hessian, so a part of them speaks for all
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,22 @@ class Choice:
 
 
 def choose(
-    weight: Tensor,
-    hessian: Tensor,
-    held_out: Tensor,
-    pattern: Pattern,
-    candidates: Sequence[tuple[str, float]] = CANDIDATES,
+    weight: Tensor, hessian: Tensor, held_out: Tensor, pattern: Pattern, dampings: Sequence[float] = DAMPINGS
 ) -> Choice:
-    """Solves an evenly spread part of the rows with each candidate and keeps the best on `held_out`.
+    """Solves an evenly spread part of the rows with OBS and with ALPS, and keeps what errs least on `held_out`.
 
-    weight [out, in] float32; hessian and held_out float32 [in, in], from inputs of different prompts. The first
-    candidate, plain OBS, also wins ties, so the choice is never worse than it on the held-out inputs.
+    weight [out, in] float32; hessian and held_out float32 [in, in], from inputs of different prompts. ALPS's mask is
+    found once and refitted with each damping, which orders them as solving anew with each would, at a fifth of the
+    cost. OBS wins ties, so the choice is never worse than it on the held-out inputs.
     """
     part = sample_rows(weight)
-    errors = [
-        relative_error(part, FUNCTIONS[solver](part, hessian, pattern, damping=damping)[0], held_out)
-        for solver, damping in candidates
-    ]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    return Choice(*candidates[best], errors[best], errors[0])
+    plain = relative_error(part, obs(part, hessian, pattern, OBS_DAMPING)[0], held_out)
+    start, mask = alps(part, hessian, pattern)
+    errors = {d: relative_error(part, refit(part, hessian, start, mask, d), held_out) for d in dampings}
+    best = min(errors, key=errors.__getitem__)
+    if plain <= errors[best]:
+        return Choice("obs", OBS_DAMPING, plain, plain)
+    return Choice("alps", best, errors[best], plain)
 
 
 def sample_rows(weight: Tensor) -> Tensor:
