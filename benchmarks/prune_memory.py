@@ -38,19 +38,18 @@ def make_model(folder: Path, heads: int, layers: int, position_size: int = 8) ->
     return folder
 
 
-def hessian_bytes(model: Path, packages: int) -> int:
-    """The largest package's Hessians: width² float32 for each input that linears share."""
+def predicted(model: Path, packages: int) -> dict[str, float]:
+    """The bytes that a prune says it will need, by what they are for."""
     from obsdiff.models import walk
     from obsdiff.models.source import find_source, meta_denoiser
+    from obsdiff.prune import memory
     from obsdiff.prune.packages import cut
+    from obsdiff.prune.recipe import make_recipe
 
     source = find_source(model)
     denoiser = meta_denoiser(source)
-    sizes = [
-        sum(4 * walk.linear(denoiser, shared[0]).in_features ** 2 for stage in package for shared in stage.linears)
-        for package in cut(walk.linear_stages(denoiser, source.spec), packages)
-    ]
-    return max(sizes)
+    stages = cut(walk.linear_stages(denoiser, source.spec), packages)
+    return memory.predict(denoiser, source.spec, stages, make_recipe(source, CALL), 2 * len(PROMPTS) * (16 + 12))
 
 
 def child(model: str, packages: int, out: str) -> None:
@@ -92,10 +91,12 @@ def main() -> None:
             peaks[packages] = int(done.stdout.split()[-1])
         print(f"load and sample only: peak {peaks[0] / 1e6:.0f} MB")
         for packages in (1, 8):
+            need = predicted(model, packages)
             print(
                 f"{packages} package(s): peak {peaks[packages] / 1e6:.0f} MB, "
                 f"{(peaks[packages] - peaks[0]) / 1e6:.0f} MB above that; "
-                f"Hessians of the largest package {hessian_bytes(model, packages) / 1e6:.0f} MB"
+                f"Hessians of the largest package {need['hessians'] / 1e6:.0f} MB; "
+                f"predicted before the start {sum(need.values()) / 1e6:.0f} MB"
             )
     print(json.dumps(environment()))
 

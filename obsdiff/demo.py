@@ -47,16 +47,15 @@ class Plan:
     result: dict[str, Any] = field(default_factory=dict)
 
 
+HALF = {"pattern": "unstructured", "sparsity": 0.5}
 PLANS = (
     Plan("dense", "dense", None, True),
-    Plan("2-4", "2:4 OBS", {"pattern": "2:4"}, True),
     Plan("2-4-magnitude", "2:4 magnitude", {"pattern": "2:4", "solver": "magnitude", "packages": 1}),
-    Plan("half", "50 % OBS", {"pattern": "unstructured", "sparsity": 0.5}),
-    Plan(
-        "half-magnitude",
-        "50 % magnitude",
-        {"pattern": "unstructured", "sparsity": 0.5, "solver": "magnitude", "packages": 1},
-    ),
+    Plan("2-4-obs", "2:4 OBS", {"pattern": "2:4", "solver": "obs"}),
+    Plan("2-4", "2:4", {"pattern": "2:4"}, True),
+    Plan("half-magnitude", "50 % magnitude", {**HALF, "solver": "magnitude", "packages": 1}),
+    Plan("half-obs", "50 % OBS", {**HALF, "solver": "obs"}),
+    Plan("half", "50 %", HALF),
     Plan("structured", "structured 30 %", {"pattern": "structured", "sparsity": 0.3}, True),
 )
 BATCHES = {1: 5, 32: 3}  # pictures at once: timed runs
@@ -195,7 +194,7 @@ def _command(plan: Plan) -> str:
 
 def _report(variants: list[report.Variant]) -> report.Report:
     return report.Report(
-        title="One model, pruned six ways",
+        title="One model, pruned seven ways",
         summary="The same small text-to-image model before and after one-shot pruning: what it draws, what it costs.",
         prompts=SHOWN,
         seed=SEED,

@@ -61,12 +61,12 @@ def test_prune_memory_runs_as_a_script() -> None:
         assert re.search(rf"^{packages} package\(s\): peak \d+ MB, -?\d+ MB above that; Hessians", done.stdout, re.M)
 
 
-def test_hessian_bytes_are_those_of_the_largest_package(tmp_path: Path) -> None:
+def test_what_is_predicted_are_two_hessians_for_each_input_of_the_largest_package(tmp_path: Path) -> None:
     module = script("prune_memory")
     model = module.make_model(tmp_path / "model", heads=1, layers=2)
     joint, last = 6 * 64**2 + 2 * 256**2, 4 * 64**2 + 256**2  # of every input that linears share, once
-    assert module.hessian_bytes(model, 1) == 4 * (joint + last)
-    assert module.hessian_bytes(model, 8) < module.hessian_bytes(model, 1)
+    assert module.predicted(model, 1)["hessians"] == 2 * 4 * (joint + last)
+    assert module.predicted(model, 8)["hessians"] < module.predicted(model, 1)["hessians"]
 
 
 def test_structured_speed_compares_what_the_macs_promise(

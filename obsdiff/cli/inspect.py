@@ -15,8 +15,9 @@ def command(
 ) -> None:
     """Show what is in a checkpoint or bundle, after verifying it.
 
-    Per layer: shape, sparsity, which N:M pattern it really has, heads or neurons that stay, relative output error on
-    the calibration inputs. In total: parameters, MACs of one denoiser call (one image, the model's own size), bytes.
+    Per layer: shape, sparsity, which N:M pattern it really has, heads or neurons that stay, what `auto` took, relative
+    output error on the calibration inputs. In total: parameters, MACs of one denoiser call (one image, the model's own
+    size), bytes.
 
     Example: obsdiff inspect pruned
     """
@@ -43,7 +44,7 @@ def command(
     if found["layers"]:
         typer.echo()
         print_table(
-            ("layer", "shape", "sparsity", "N:M", "units", "error"),
+            ("layer", "shape", "sparsity", "N:M", "units", "solver", "error"),
             [
                 (
                     layer["name"],
@@ -51,6 +52,7 @@ def command(
                     f"{layer['sparsity']:.3f}",
                     layer["nm"] or "-",
                     layer["units"] or "-",
+                    f"{c['solver']} {c['damping']:g}" if (c := layer["choice"]) else "-",
                     "-" if layer["error"] is None else f"{layer['error']:.4f}",
                 )
                 for layer in found["layers"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from obsdiff.models import walk
 from obsdiff.models.walk import Stage
 from obsdiff.prune import ranks
-from obsdiff.prune.calibration import Calibration, Collector, run_batches
+from obsdiff.prune.calibration import Calibration, Collector, run_batches, whole_denoiser
 from obsdiff.prune.hessian import Hessians, mean
 from obsdiff.prune.solvers import Unstructured, relative_error
 from obsdiff.prune.solvers.auto import sample_rows
@@ -28,7 +28,7 @@ STEP = 0.1
 @dataclasses.dataclass(frozen=True)
 class Survey:
     """curves: by linear (full name) or by group stage; outliers: by linear, the share of |w| ‖x‖ above five times its
-    mean (OWL, arXiv 2310.05175); block_inputs: keyword arguments of one recorded call by block."""
+    mean (OWL, arXiv 2310.05175); of one recorded call, block_inputs: keyword arguments by block, tokens: by linear."""
 
     curves: dict[str, Curve]
     outliers: dict[str, float]
@@ -37,6 +37,10 @@ class Survey:
     @property
     def names(self) -> list[str]:
         return [*self.curves, *self.outliers]
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return self.probe.tokens
 
     @property
     def block_inputs(self) -> dict[int, dict[str, Any]]:
@@ -86,22 +90,31 @@ class Probe:
         run_batches(dataclasses.replace(run, batches=run.batches[:1]), Collector(run, []))
         handle.remove()
         self._calls = kept[:: max(1, len(kept) // CALLS)][:CALLS]
-        self.block_inputs = self._record_blocks(walk.blocks_of(run.denoiser, run.spec))
+        self.tokens: dict[str, int] = {}
+        self.block_inputs: dict[int, dict[str, Any]] = {}
+        self._record(run)
         self._expected = self._outputs()
 
-    @torch.no_grad()
-    def _record_blocks(self, blocks: nn.ModuleList) -> dict[int, dict[str, Any]]:
-        found: dict[int, dict[str, Any]] = {}
+    def _record(self, run: Calibration) -> None:
+        """One more call, for what blocks are called with and how many tokens linears see."""
+
+        def keep_inputs(number: int) -> Callable[..., None]:
+            return lambda _module, _args, kwargs: self.block_inputs.__setitem__(number, kwargs)
+
+        def keep_tokens(name: str) -> Callable[..., None]:
+            return lambda _module, args: self.tokens.__setitem__(name, args[0].shape[:-1].numel())
+
         handles = [
-            block.register_forward_pre_hook(
-                lambda _module, _args, kwargs, number=number: found.__setitem__(number, kwargs), with_kwargs=True
-            )
-            for number, block in enumerate(blocks)
+            block.register_forward_pre_hook(keep_inputs(number), with_kwargs=True)
+            for number, block in enumerate(walk.blocks_of(run.denoiser, run.spec))
         ]
-        self.call(self._denoiser)()
+        for name, module in run.denoiser.named_modules():
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_pre_hook(keep_tokens(name)))
+        with whole_denoiser(run):
+            self.call(run.denoiser)()
         for handle in handles:
             handle.remove()
-        return found
 
     def call(self, denoiser: nn.Module) -> Callable[[], Any]:
         """What runs a denoiser on the first recorded call."""

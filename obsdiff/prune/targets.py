@@ -48,45 +48,60 @@ def allocate_groups(
 ) -> Allocation:
     """Units of every group that stay for the least error.
 
-    What may remain is a share of the groups' weights (`sparsity`), of the denoiser's size (`target_size`), or of its
-    time on this device (`target_speedup`: measured again on the narrowed denoiser, and corrected until it is near).
+    What may remain is a share of the groups' MACs (`sparsity`), of the denoiser's size (`target_size`), or of its time
+    on this device (`target_speedup`: measured again on the narrowed denoiser, and corrected until it is near).
     Raises InputError when no allocation reaches the target.
     """
-    recipe = run.recipe
-    units = {stage.name: walk.unit_count(run.denoiser, run.spec, stage.block, _group(stage)) for stage in stages}
-    weights: dict[str, dict[int, float]] = {s.name: {0: 0, units[s.name]: _weights(run, s)} for s in stages}
-    grouped, total = sum(table[units[name]] for name, table in weights.items()), _size(run.denoiser)
+    recipe, units = run.recipe, _units(run, stages)
+    if recipe.target_speedup is not None:
+        return _allocate_time(run, survey, stages, recipe.target_speedup, timer)
+    if recipe.target_size is None:
+        sparsity = recipe.sparsity or 0.0
+        macs = {stage.name: {0: 0.0, units[stage.name]: _weights(run, stage, survey.tokens)} for stage in stages}
+        budget = (1 - sparsity) * sum(max(table.values()) for table in macs.values())
+        return Allocation(method="error", amounts=_pick(run, survey, stages, macs, budget, f"--sparsity {sparsity:g}"))
+    weights = {stage.name: {0: 0.0, units[stage.name]: _weights(run, stage)} for stage in stages}
+    total = sum(parameter.numel() for parameter in run.denoiser.parameters())
+    fixed = total - sum(max(table.values()) for table in weights.values())
+    asked = recipe.target_size
+    amounts = _pick(run, survey, stages, weights, asked * total - fixed, f"--target-size {asked:g}")
+    left = sum(interpolate(weights[name], int(count)) for name, count in amounts.items())
+    return Allocation(method="error", amounts=amounts, asked=asked, reached=(fixed + left) / total)
 
-    def pick(costs: Mapping[str, Mapping[int, float]], budget: float, option: str) -> dict[str, float]:
-        try:
-            levels = {s.name: _unit_levels(survey.curves[s.name], s, costs[s.name], recipe) for s in stages}
-            return {name: level.amount for name, level in allocate(levels, budget).items()}
-        except ValueError as error:
-            raise InputError(f"{option} cannot be reached by heads and neurons alone: {error}") from None
 
-    if recipe.target_speedup is None:
-        budget, option = (1 - (recipe.sparsity or 0.0)) * grouped, "--sparsity"
-        if recipe.target_size is not None:
-            budget, option = recipe.target_size * total - (total - grouped), f"--target-size {recipe.target_size:g}"
-        amounts = pick(weights, budget, option)
-        left = sum(interpolate(weights[name], int(k)) for name, k in amounts.items())
-        reached = (total - grouped + left) / total
-        return Allocation(method="error", amounts=amounts, asked=recipe.target_size, reached=reached)
-
+def _allocate_time(run: Calibration, survey: Survey, stages: Sequence[Stage], asked: float, timer: Timer) -> Allocation:
     table = time_groups(run.denoiser, run.spec, stages, survey.block_inputs, timer)
-    asked = aim = recipe.target_speedup
-    tried = []
+    full = sum(interpolate(table[name], count) for name, count in _units(run, stages).items())
+    aim, tried = asked, []
     for _ in range(TRIES):
         dense = timer([survey.probe.call(run.denoiser)])[0]
-        full = sum(interpolate(table[name], count) for name, count in units.items())
-        amounts = pick(table, full - (dense - dense / aim), f"--target-speedup {asked:g} on this device")
-        narrow = _narrowed(run, stages, units, amounts)
-        slow, fast = timer([survey.probe.call(run.denoiser), survey.probe.call(narrow)])
+        budget = full - (dense - dense / aim)
+        amounts = _pick(run, survey, stages, table, budget, f"--target-speedup {asked:g} on this device")
+        slow, fast = timer([survey.probe.call(run.denoiser), survey.probe.call(_narrowed(run, stages, amounts))])
         tried.append(Allocation(method="error", amounts=amounts, asked=asked, reached=slow / fast, latency=table))
         if abs(slow / fast / asked - 1) <= CLOSE:
             break
         aim *= asked / (slow / fast)
     return min(tried, key=lambda allocation: abs((allocation.reached or 0) - asked))
+
+
+def _pick(
+    run: Calibration,
+    survey: Survey,
+    stages: Sequence[Stage],
+    costs: Mapping[str, Mapping[int, float]],
+    budget: float,
+    option: str,
+) -> dict[str, float]:
+    levels = {s.name: _unit_levels(survey.curves[s.name], s, costs[s.name], run.recipe) for s in stages}
+    try:
+        return {name: level.amount for name, level in allocate(levels, budget).items()}
+    except ValueError as error:
+        raise InputError(f"{option} cannot be reached by heads and neurons alone: {error}") from None
+
+
+def _units(run: Calibration, stages: Sequence[Stage]) -> dict[str, int]:
+    return {stage.name: walk.unit_count(run.denoiser, run.spec, stage.block, _group(stage)) for stage in stages}
 
 
 def shortfall(allocation: Allocation) -> str:
@@ -104,20 +119,17 @@ def _group(stage: Stage) -> Group:
     return stage.group
 
 
-def _weights(run: Calibration, stage: Stage) -> int:
-    """Weights and biases that go with the stage's units, if all went."""
+def _weights(run: Calibration, stage: Stage, tokens: Mapping[str, int] | None = None) -> float:
+    """Weights and biases that go with the stage's units, if all went; times the tokens that they see, if given."""
     total = 0
     for spans, axis in ((_group(stage).rows, 0), (_group(stage).columns, 1)):
         for span in spans:
             name = f"{run.spec.blocks}.{stage.block}.{span.linear}"
             if walk.has(run.denoiser, name):
                 module = walk.linear(run.denoiser, name)
-                total += module.weight.numel() + (module.out_features if axis == 0 and module.bias is not None else 0)
+                bias = module.out_features if axis == 0 and module.bias is not None else 0
+                total += (module.weight.numel() + bias) * (tokens[name] if tokens else 1)
     return total
-
-
-def _size(denoiser: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 def _unit_levels(curve: Curve, stage: Stage, costs: Mapping[int, float], recipe: Recipe) -> list[Level]:
@@ -131,10 +143,9 @@ def _unit_levels(curve: Curve, stage: Stage, costs: Mapping[int, float], recipe:
     ]
 
 
-def _narrowed(
-    run: Calibration, stages: Sequence[Stage], units: Mapping[str, int], amounts: Mapping[str, float]
-) -> nn.Module:
+def _narrowed(run: Calibration, stages: Sequence[Stage], amounts: Mapping[str, float]) -> nn.Module:
     """A copy of the denoiser at those widths, whichever units they are: it is only timed."""
+    units = _units(run, stages)
     records = [
         GroupRecord(
             block=stage.block,
