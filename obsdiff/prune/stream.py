@@ -43,12 +43,28 @@ def stream_hessians(
     """
     if not run.spec.carried:
         raise InputError(f"--calibration stream: the blocks of {run.spec.title} do not form one chain; use sampler")
+    limit = int(run.recipe.cache_gb * 1e9)
+    cache = ActivationCache(run.folder / f"stream-{ranks.rank()}", limit)
+    asymmetric = run.recipe.target == "asymmetric"
+    dense = ActivationCache(run.folder / f"dense-{ranks.rank()}", limit) if asymmetric else None
+    try:
+        yield from _walk_blocks(run, packages, done, cache, dense)
+    finally:
+        for used in (cache, dense):
+            if used:
+                used.close()
+
+
+def _walk_blocks(
+    run: Calibration,
+    packages: Sequence[Sequence[Stage]],
+    done: Container[int],
+    cache: ActivationCache,
+    dense: ActivationCache | None,
+) -> Iterator[tuple[int, Hessians | None]]:
     blocks = walk.blocks_of(run.denoiser, run.spec)
-    cache = ActivationCache(run.folder / f"stream-{ranks.rank()}", int(run.recipe.cache_gb * 1e9))
     calls = _record(run, blocks[0], cache, len(blocks))
-    dense: ActivationCache | None = None
-    if run.recipe.target == "asymmetric":
-        dense = ActivationCache(run.folder / f"dense-{ranks.rank()}", int(run.recipe.cache_gb * 1e9))
+    if dense:
         for number in range(len(calls)):
             dense.put(number, cache.get(number))
     last = packages[-1][0].block
@@ -67,9 +83,6 @@ def stream_hessians(
             run.advance(1, f"{note}: carrying on")
         if run.recipe.offload:
             block.to("cpu")
-    for used in (cache, dense):
-        if used:
-            used.close()
 
 
 def stream_cost(

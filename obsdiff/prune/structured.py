@@ -49,12 +49,28 @@ def remove_obs(
     Raises ValueError when a Hessian cannot be factored.
     """
     _check(weights, hessians, units, keep)
-    size = weights[0].shape[1] // units
     solvable = [damped(hessian, damping) for hessian in hessians]
     # An input that never fires costs nothing, whatever its weight.
-    work = [weight.float() * (hessian.diagonal() > 0) for weight, hessian in zip(weights, hessians, strict=True)]
-    energies = [((w @ h) * w).sum().clamp(min=1e-30) for w, h in zip(work, solvable, strict=True)]
-    inverses = [_inverse(hessian) for hessian in solvable]
+    live = [weight.float() * (hessian.diagonal() > 0) for weight, hessian in zip(weights, hessians, strict=True)]
+    alive, losses = greedy_units(live, solvable, units, keep)
+    columns = alive.repeat_interleave(weights[0].shape[1] // units)
+    pruned = [
+        _refit(weight, hessian, columns).to(weight.dtype) for weight, hessian in zip(weights, solvable, strict=True)
+    ]
+    errors = [
+        relative_error(weight, new, hessian) for weight, new, hessian in zip(weights, pruned, hessians, strict=True)
+    ]
+    return Removal(alive.nonzero().flatten().tolist(), pruned, errors, tuple(losses))
+
+
+def greedy_units(
+    weights: Sequence[Tensor], hessians: Sequence[Tensor], units: int, keep: int
+) -> tuple[Tensor, list[float]]:
+    """Which units stay (bool [units]) and the losses summed up after each removal; hessians are positive definite."""
+    size = weights[0].shape[1] // units
+    work = [weight.clone() for weight in weights]
+    energies = [((w @ h) * w).sum().clamp(min=1e-30) for w, h in zip(work, hessians, strict=True)]
+    inverses = [_inverse(hessian) for hessian in hessians]
     alive = torch.ones(units, dtype=torch.bool, device=work[0].device)
     losses: list[Tensor] = []
     for _ in range(units - keep):
@@ -65,15 +81,7 @@ def remove_obs(
         losses.append(loss[unit])
         for w, inverse in zip(work, inverses, strict=True):
             _remove(w, inverse, slice(unit * size, (unit + 1) * size))
-    columns = alive.repeat_interleave(size)
-    pruned = [
-        _refit(weight, hessian, columns).to(weight.dtype) for weight, hessian in zip(weights, solvable, strict=True)
-    ]
-    errors = [
-        relative_error(weight, new, hessian) for weight, new, hessian in zip(weights, pruned, hessians, strict=True)
-    ]
-    steps = torch.stack(losses).cumsum(0).tolist() if losses else ()
-    return Removal(alive.nonzero().flatten().tolist(), pruned, errors, tuple(steps))
+    return alive, torch.stack(losses).cumsum(0).tolist() if losses else []
 
 
 def remove_magnitude(weights: Sequence[Tensor], hessians: Sequence[Tensor | None], units: int, keep: int) -> Removal:
@@ -135,8 +143,8 @@ def _losses(weight: Tensor, inverse: Tensor, units: int) -> Tensor:
         return weight.square().sum(0) / inverse.diagonal()
     blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     columns = weight.view(-1, units, size).permute(1, 2, 0)
-    lower = torch.linalg.cholesky_ex(blocks)[0]
-    return torch.linalg.solve_triangular(lower, columns, upper=False).square().sum((1, 2))
+    gram = columns @ columns.transpose(1, 2)  # a quarter of the time of solving for every output
+    return torch.cholesky_solve(gram, torch.linalg.cholesky_ex(blocks)[0]).diagonal(dim1=1, dim2=2).sum(1)
 
 
 def _remove(weight: Tensor, inverse: Tensor, gone: slice) -> None:
