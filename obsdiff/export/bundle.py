@@ -170,9 +170,11 @@ def open_bundle(bundle: str | Path) -> Manifest:
 
 
 def list_files(folder: Path) -> dict[str, File]:
-    """Every file of the folder but the manifest, for the manifest."""
-    return {
-        name: File(bytes=os.path.getsize(path), sha256=sha256(path))
-        for name, path in folder_files(folder).items()
-        if name != MANIFEST
-    }
+    """Every file of the folder but the manifest, for the manifest. Raises InputError for a name that no bundle may hold."""
+    found = {name: path for name, path in folder_files(folder).items() if name != MANIFEST}
+    for name in found:
+        try:
+            _inside(name)
+        except ValueError as error:
+            raise InputError(f"a file of the model cannot be put into a bundle: {error}") from None
+    return {name: File(bytes=os.path.getsize(path), sha256=sha256(path)) for name, path in found.items()}

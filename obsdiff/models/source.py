@@ -45,8 +45,14 @@ class Source:
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens a prompt usually has in the denoiser's eyes."""
-        return int(self.defaults.get("prompt_tokens", self.spec.tokens[1]))
+        """How many tokens a prompt usually has in the denoiser's eyes. Raises InputError when it cannot have so many."""
+        tokens = self.defaults.get("prompt_tokens", self.spec.tokens[1])
+        if not isinstance(tokens, int) or not 1 <= tokens <= self.spec.tokens[2]:
+            raise InputError(
+                f"{self.path / 'generation_config.json'}: prompt_tokens is {tokens!r}, "
+                f"not a number from 1 to {self.spec.tokens[2]}"
+            )
+        return tokens
 
     @property
     def vae_scale(self) -> int:
