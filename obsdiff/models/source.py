@@ -45,7 +45,7 @@ class Source:
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens a prompt usually has in the denoiser's eyes. Raises InputError when it cannot have so many."""
+        """How many tokens a prompt usually is to the denoiser. Raises InputError for a number that it cannot have."""
         tokens = self.defaults.get("prompt_tokens", self.spec.tokens[1])
         if not isinstance(tokens, int) or not 1 <= tokens <= self.spec.tokens[2]:
             raise InputError(
