@@ -133,8 +133,6 @@ def test_a_bundle_cannot_be_exported_again(graphless: Path, tmp_path: Path) -> N
 
 
 def test_a_checkpoint_that_was_changed_is_refused(sparse: Path, tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     model = Path(shutil.copytree(sparse, tmp_path / "model"))
