@@ -62,8 +62,8 @@ def owl(
 ) -> dict[str, float]:
     """Less sparsity where more of a layer's scores are outliers (OWL, arXiv 2310.05175).
 
-    outliers: the share of |w| ‖x‖ above five times its mean, by layer; sizes: weights. Sparsities lie within `spread`
-    of `sparsity`, and their mean over all weights is `sparsity`.
+    outliers: the share of |w| ‖x‖ above five times its mean, by layer; sizes: weights. Sparsities lie within
+    2 `spread` of each other, and their mean over all weights is `sparsity`.
     """
     low, high = min(outliers.values()), max(outliers.values())
     scale = 2 * spread / (high - low) if high > low else 0.0

@@ -39,6 +39,7 @@ class ActivationCache:
     def close(self) -> None:
         """Forgets everything and removes the files."""
         self._held.clear()
+        self._used = 0
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, number: int) -> Path:

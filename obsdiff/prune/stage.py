@@ -156,9 +156,9 @@ def _allocate(
         return {}
     allocation = ranks.from_first(work.read_allocation(run.folder))
     if not allocation:
-        found = survey(run, packages, stored, MODES[recipe.calibration][0])
+        stages = [stage for package in packages for stage in package]
+        found = survey(run, stages, stored)
         if recipe.structured:
-            stages = [stage for package in packages for stage in package]
             allocation = ranks.from_first(targets.allocate_groups(run, found, stages))
         else:
             sizes = {name: stored[f"{name}.weight"].numel() for name in found.names}

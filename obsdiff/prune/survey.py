@@ -1,7 +1,7 @@
 """What pruning each layer would do to the denoiser's output, measured on the dense model before anything is pruned."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from obsdiff.models import walk
 from obsdiff.models.walk import Stage
 from obsdiff.prune import ranks
-from obsdiff.prune.calibration import Calibration, Collector, run_batches, whole_denoiser
+from obsdiff.prune.calibration import Calibration, Collector, run_batches, sampler_hessians, whole_denoiser
 from obsdiff.prune.hessian import Hessians, mean
+from obsdiff.prune.packages import by_block
 from obsdiff.prune.solvers import Unstructured, relative_error
 from obsdiff.prune.solvers.auto import sample_rows
 from obsdiff.prune.solvers.obs import obs
+from obsdiff.prune.stream import stream_hessians
 from obsdiff.prune.structured import remove_obs
 
 Curve = list[tuple[float, float]]
@@ -47,19 +49,21 @@ class Survey:
         return self.probe.block_inputs
 
 
-def survey(
-    run: Calibration,
-    packages: Sequence[Sequence[Stage]],
-    stored: Mapping[str, Tensor],
-    calibrate: Callable[..., Iterator[tuple[int, Hessians | None]]],
-) -> Survey:
-    """Measures every stage of the packages over a few prompts.
+def survey(run: Calibration, stages: Sequence[Stage], stored: Mapping[str, Tensor]) -> Survey:
+    """Measures every stage over a few prompts, block by block; in a stream where the family's blocks form one chain.
 
     A curve's shape is the layer's own OBS error over the amount; its height is what one measured amount did to the
     output of the whole denoiser on recorded calls.
     """
-    recipe = run.recipe.model_copy(update={"solver": "obs"})
-    few = dataclasses.replace(run, batches=run.batches[: max(1, PROMPTS // recipe.batch_size)], recipe=recipe)
+    recipe = run.recipe.model_copy(update={"solver": "obs", "target": "symmetric"})
+    packages = by_block(sorted(stages, key=lambda stage: stage.block))
+    calibrate = stream_hessians if run.spec.carried else sampler_hessians
+    batches = run.batches[: max(1, PROMPTS // recipe.batch_size)]
+
+    def advance(_count: int, note: str) -> None:
+        run.advance(0, f"measuring what each layer is worth: {note}")  # not among the work that was promised
+
+    few = dataclasses.replace(run, batches=batches, recipe=recipe, advance=advance)
     probe = Probe(run)
     curves: dict[str, Curve] = {}
     outliers: dict[str, float] = {}
@@ -87,7 +91,8 @@ class Probe:
             kept.append(kwargs)
 
         handle = run.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
-        run_batches(dataclasses.replace(run, batches=run.batches[:1]), Collector(run, []))
+        first = ranks.from_first(run.batches[:1])  # the same on every rank, one without prompts of its own included
+        run_batches(dataclasses.replace(run, batches=first), Collector(run, []))
         handle.remove()
         self._calls = kept[:: max(1, len(kept) // CALLS)][:CALLS]
         self.tokens: dict[str, int] = {}

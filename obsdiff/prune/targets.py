@@ -72,11 +72,17 @@ def allocate_groups(
 def _allocate_time(run: Calibration, survey: Survey, stages: Sequence[Stage], asked: float, timer: Timer) -> Allocation:
     table = time_groups(run.denoiser, run.spec, stages, survey.block_inputs, timer)
     full = sum(interpolate(table[name], count) for name, count in _units(run, stages).items())
-    aim, tried = asked, []
+    aim = asked
+    tried: list[Allocation] = []
     for _ in range(TRIES):
         dense = timer([survey.probe.call(run.denoiser)])[0]
         budget = full - (dense - dense / aim)
-        amounts = _pick(run, survey, stages, table, budget, f"--target-speedup {asked:g} on this device")
+        try:
+            amounts = _pick(run, survey, stages, table, budget, f"--target-speedup {asked:g} on this device")
+        except InputError:
+            if not tried:
+                raise
+            break  # no correction helps any more
         slow, fast = timer([survey.probe.call(run.denoiser), survey.probe.call(_narrowed(run, stages, amounts))])
         tried.append(Allocation(method="error", amounts=amounts, asked=asked, reached=slow / fast, latency=table))
         if abs(slow / fast / asked - 1) <= CLOSE:

@@ -46,4 +46,4 @@ def choose(
 
 def sample_rows(weight: Tensor) -> Tensor:
     """Up to ROWS rows of a weight, evenly spread."""
-    return weight[:: max(1, len(weight) // ROWS)][:ROWS]
+    return weight[:: -(-len(weight) // ROWS)]
