@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wide = make_model(folder / "wide", heads=8, layers=4, position_size=16)
-        options: dict[str, Any] = {"pattern": "structured", "sparsity": 0.3}
+        options: dict[str, Any] = {"pattern": "structured", "sparsity": 0.3, "allocation": "uniform"}
         prune(
             wide,
             folder / "wide-pruned",

@@ -21,7 +21,7 @@ from obsdiff.runtime.pipeline import load
 
 MODEL = "fashion"
 SEED = 1000
-UNSEEN = 38  # pictures beside the shown ones, to judge by
+UNSEEN = 22  # pictures beside the shown ones, to judge by
 SHOWN = (
     "a photo of a red ankle boot",
     "teal trousers",
@@ -34,7 +34,7 @@ SHOWN = (
     "a black sandal",
     "a brown shirt",
 )
-CALIBRATION: dict[str, Any] = {"num_prompts": 32, "steps": 12, "batch_size": 16}
+CALIBRATION: dict[str, Any] = {"num_prompts": 16, "steps": 8, "batch_size": 16}
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,9 @@ PLANS = (
     Plan("2-4", "2:4", {"pattern": "2:4"}, True),
     Plan("half-magnitude", "50 % magnitude", {**HALF, "solver": "magnitude", "packages": 1}),
     Plan("half-obs", "50 % OBS", {**HALF, "solver": "obs"}),
-    Plan("half", "50 %", HALF),
     Plan("structured", "structured 30 %", {"pattern": "structured", "sparsity": 0.3}, True),
 )
-BATCHES = {1: 5, 32: 3}  # pictures at once: timed runs
+BATCHES = {1: 5, 32: 2}  # pictures at once: timed runs
 
 
 def demo(out: str | Path, progress: Progress | None = None) -> Path:
@@ -195,7 +194,7 @@ def _command(plan: Plan) -> str:
 
 def _report(variants: list[report.Variant]) -> report.Report:
     return report.Report(
-        title="One model, pruned seven ways",
+        title="One model, pruned six ways",
         summary="The same small text-to-image model before and after one-shot pruning: what it draws, what it costs.",
         prompts=SHOWN,
         seed=SEED,
