@@ -43,9 +43,9 @@ def stream_hessians(
     """
     if not run.spec.carried:
         raise InputError(f"--calibration stream: the blocks of {run.spec.title} do not form one chain; use sampler")
-    limit = int(run.recipe.cache_gb * 1e9)
-    cache = ActivationCache(run.folder / f"stream-{ranks.rank()}", limit)
     asymmetric = run.recipe.target == "asymmetric"
+    limit = int(run.recipe.cache_gb * 1e9) // (1 + asymmetric)
+    cache = ActivationCache(run.folder / f"stream-{ranks.rank()}", limit)
     dense = ActivationCache(run.folder / f"dense-{ranks.rank()}", limit) if asymmetric else None
     try:
         yield from _walk_blocks(run, packages, done, cache, dense)

@@ -84,7 +84,7 @@ class Probe:
     """Calls of the dense denoiser that were recorded once, to be run again with other weights."""
 
     def __init__(self, run: Calibration):
-        self._denoiser = run.denoiser
+        self._run, self._denoiser = run, run.denoiser
         kept: list[dict[str, Any]] = []
 
         def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -92,7 +92,8 @@ class Probe:
 
         handle = run.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
         first = ranks.from_first(run.batches[:1])  # the same on every rank, one without prompts of its own included
-        run_batches(dataclasses.replace(run, batches=first), Collector(run, []))
+        with whole_denoiser(run):
+            run_batches(dataclasses.replace(run, batches=first), Collector(run, []))
         handle.remove()
         self._calls = kept[:: max(1, len(kept) // CALLS)][:CALLS]
         self.tokens: dict[str, int] = {}
@@ -145,7 +146,8 @@ class Probe:
 
     @torch.no_grad()
     def _outputs(self) -> list[Tensor]:
-        return [self._denoiser(**{**call, "return_dict": False})[0].float() for call in self._calls]
+        with whole_denoiser(self._run):
+            return [self._denoiser(**{**call, "return_dict": False})[0].float() for call in self._calls]
 
 
 def _linear_curves(
