@@ -39,8 +39,18 @@ def test_the_table_has_a_row_for_every_layer(journey: Journey) -> None:
     assert info
     rows = {line.split()[0]: line.split()[1:] for line in result.out.splitlines() if line.strip()}
     for layer in info.layers:
-        assert rows[layer.name] == [f"{layer.shape[0]}×{layer.shape[1]}", "0.500", "2:4", "-", f"{layer.error:.4f}"]
+        shape, error = f"{layer.shape[0]}×{layer.shape[1]}", f"{layer.error:.4f}"
+        assert rows[layer.name] == [shape, "0.500", "2:4", "-", "-", error]  # no units, and nothing for auto to choose
     assert {"parameters", "nonzero", "MACs", "bytes"} <= rows.keys()
+
+
+def test_the_table_says_what_auto_took(pruned: dict[str, Path]) -> None:
+    info = read_info(pruned["2:4"])
+    assert info
+    lines = {line.split()[0]: line for line in call("inspect", pruned["2:4"]).out.splitlines() if line.strip()}
+    for layer in info.layers:
+        assert layer.choice
+        assert f" {layer.choice.solver} {layer.choice.damping:g} " in lines[layer.name]
 
 
 def test_a_dense_model_has_totals_and_no_layers() -> None:
