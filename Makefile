@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/obsdiff demo demo
 
+# A process a core with one thread each: processes that have two threads on two cores wait for each other.
 test: $(VENV)/ready
-	$(BIN)/pytest -m "not gpu and not tensorrt"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m "not gpu and not tensorrt"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

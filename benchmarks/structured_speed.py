@@ -20,14 +20,14 @@ from prune_memory import PROMPTS, make_model
 from obsdiff.export.bundle import Manifest, open_bundle
 from obsdiff.export.stage import export
 from obsdiff.measure.environment import environment
-from obsdiff.models import find_spec, walk
+from obsdiff.models import find_spec, graph
 from obsdiff.prune.stage import prune
 from obsdiff.runtime.backends import Denoise, load_backend
 
 
 def call(denoise: Denoise, manifest: Manifest, config: dict[str, Any], axes: dict[str, int]) -> float:
     """Seconds of one denoiser call."""
-    inputs = walk.random_inputs(find_spec(manifest.denoiser), config, axes)
+    inputs = graph.random_inputs(find_spec(manifest.denoiser), config, axes)
     start = time.perf_counter()
     denoise(**inputs)
     return time.perf_counter() - start

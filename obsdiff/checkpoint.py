@@ -2,7 +2,7 @@
 
 OUT/                    loads with plain DiffusionPipeline.from_pretrained
   obsdiff.json          CheckpointInfo: recipe, base model and hash, versions, per-layer sparsity and error
-  masks.safetensors     uint8, bit-packed as numpy.packbits does, row-major; shapes are the weights'
+  masks.safetensors     uint8, bit-packed as numpy.packbits does, row-major; of the weights as matrices [out, in]
   transformer/config.json   with `sparsity_config` (key names of compressed-tensors)
 """
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from obsdiff.errors import InputError
 from obsdiff.files import copy_files, read_json, write_json, write_tensors
 from obsdiff.models import GroupRecord
+from obsdiff.models.layers import as_matrix
 from obsdiff.models.source import INFO, Source
+from obsdiff.models.weights import lone_variant, make_plain, with_variant
 
 SCHEMA_VERSION = 1
 MASKS = "masks.safetensors"
@@ -40,7 +42,8 @@ class ChoiceRecord(BaseModel):
 
 
 class LayerRecord(BaseModel):
-    """One pruned linear. `error` is the relative output error on the calibration inputs, None if it has no Hessian."""
+    """One pruned linear, in the shape of its matrix (layers.as_matrix). `error` is the relative output error on the
+    calibration inputs, None if it has no Hessian."""
 
     name: str
     shape: tuple[int, int]
@@ -154,10 +157,14 @@ def _names(file: Path) -> list[str]:
 
 
 def denoiser_weights(folder: Path) -> TensorFiles:
-    """The denoiser's tensors as they are stored; `files` lists the shards. Raises InputError as TensorFiles does."""
-    index = folder / f"{WEIGHTS}.index.json"
+    """The denoiser's tensors as they are stored, of a variant where there are no plain ones; `files` lists the shards.
+
+    Raises InputError as TensorFiles does.
+    """
+    variant = lone_variant(folder)
+    index = folder / with_variant(f"{WEIGHTS}.index.json", variant)
     if not index.exists():
-        return TensorFiles([folder / WEIGHTS])
+        return TensorFiles([folder / with_variant(WEIGHTS, variant)])
     value = read_json(index)
     found = value.get("weight_map") if isinstance(value, dict) else None
     names = list(found.values()) if isinstance(found, dict) else []
@@ -173,7 +180,10 @@ def write_checkpoint(
     masks: Mapping[str, Tensor],
     out: Path,
 ) -> None:
-    """Writes the folder: the base's files with the pruned tensors in place, in the dtypes and shards of the base."""
+    """Writes the folder: the base's files with the pruned tensors in place, in the dtypes and shards of the base.
+
+    A variant that stood alone gets the plain names, so that plain from_pretrained loads the result.
+    """
     copy_files(source.path, out, skip=(source.spec.component,))
     folder = out / source.spec.component
     folder.mkdir(exist_ok=True)
@@ -184,6 +194,8 @@ def write_checkpoint(
             write_tensors(folder / file.name, tensors, opened.metadata())
     for path in source.denoiser_path.glob("*.json"):
         write_json(folder / path.name, read_json(path))
+    for component in source.component_folders:
+        make_plain(out / component.name)
     config = read_json(folder / "config.json")
     config["sparsity_config"] = sparsity_config(info)
     write_json(folder / "config.json", config)
@@ -220,7 +232,7 @@ def verify(source: Source, info: CheckpointInfo) -> None:
     weights = denoiser_weights(source.denoiser_path)
     for name, mask in read_masks(source.path, info).items():
         weight = weights.get(f"{name}.weight")
-        if weight is None or weight.shape != mask.shape:
+        if weight is None or as_matrix(weight).shape != mask.shape:
             raise InputError(f"{source.name}: {name} is missing or has another shape than its mask")
-        if weight[~mask].any():
+        if as_matrix(weight)[~mask].any():
             raise InputError(f"{source.name}: {name} has weights where its mask says zero (was it trained since?)")

@@ -17,3 +17,8 @@ class GateError(ObsdiffError):
     """Everything ran, and a condition that the user set was not met."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, without the pages that follow it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,10 +1,12 @@
 """Models that every test may use: a random SD3 with the oddities of the family, and prunes of the embedded one."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 QUICK: dict[str, Any] = {
@@ -43,12 +45,33 @@ def make_sd3(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_latency_cache() -> Iterator[None]:
+    """Timings that one test kept must not reach another: a folder that cannot be made keeps nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OBSDIFF_CACHE", "/dev/null/obsdiff")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random SD3 with the oddities of the family: the first of its 3 blocks has a second attention (SD3.5-medium),
     all have query and key norms, the last has no context output."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
     return make_sd3(folder, num_layers=3, dual_attention_layers=[0], qk_norm="rms_norm")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the tiny random pipeline of a family (tests/tiny), once a session. To read, not to change."""
+    made = {"sd3": tiny_sd3, "fashion": Path("fashion")}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tiny.make(family, tmp_path_factory.mktemp("tiny") / family)
+        return made[family]
+
+    return make
 
 
 @pytest.fixture(scope="session")

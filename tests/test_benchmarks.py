@@ -15,7 +15,7 @@ import torch
 from obsdiff.measure import fashion
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("prune_memory", "structured_speed", "train_fashion")
+SCRIPTS = ("families", "real_sizes", "prune_memory", "serving", "structured_speed", "train_fashion")
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ def command(
     """
     from obsdiff.measure.latency import STAGES, bench
 
+    progress = ShownProgress()
     result = bench(
         paths,
         backend=backend,
@@ -38,12 +39,15 @@ def command(
         runs=runs,
         warmup=warmup,
         device=device,
-        progress=ShownProgress(),
+        progress=progress,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         height=height,
         width=width,
     )
+    backends = dict.fromkeys(row["backend"] for row in result["results"])
+    if len(backends) > 1:
+        progress.message(f"the speed-up mixes backends ({', '.join(backends)}): export the dense model too")
     if json:
         return print_json(result)
     first = result["results"][0]["median_ms"]

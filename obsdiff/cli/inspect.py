@@ -39,6 +39,7 @@ def command(
                 ("MACs a call", "", totals["macs"]),
                 ("bytes on disk", "B", totals["bytes"]),
             )
+            if dense  # MACs of a denoiser without a spec are not known
         ],
     )
     if found["layers"]:

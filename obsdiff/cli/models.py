@@ -1,32 +1,60 @@
 """obsdiff models"""
 
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
 from obsdiff.cli.options import Json
 from obsdiff.cli.show import print_json, print_table
 
+FILE = Path(str(files("obsdiff") / "data" / "families.json"))  # written by benchmarks/families.py from the tests
+COLUMNS = ["family", "denoiser", "pipelines", "patterns", "formats", "backends", "verified"]
+SIZES = {"tiny": "tiny", "block": "one block", "whole": "whole"}
+
 
 def command(json: Json = False) -> None:
-    """List the denoiser families that obsdiff knows and what each supports.
+    """List the denoiser families that obsdiff knows, what each supports, and at which size that was verified.
+
+    Tiny: a random pipeline of the real classes. One block: as wide as the real model's, with random weights.
 
     Example: obsdiff models --json
     """
-    from obsdiff.models import FAMILIES
-
-    rows = [
-        {
-            "family": spec.family,
-            "title": spec.title,
-            "pipelines": list(spec.pipelines),
-            "denoiser": spec.denoiser,
-            "patterns": ["unstructured", "N:M", *(["structured"] if spec.groups else [])],
-            "formats": ["onnx"],
-        }
-        for spec in FAMILIES.values()
-    ]
     if json:
-        return print_json(rows)
-    columns = ("family", "denoiser", "pipelines", "patterns", "formats")
-    print_table(
-        columns,
-        [[", ".join(v) if isinstance(v := row[name], list) else str(v) for name in columns] for row in rows],
-    )
+        return print_json(rows())
+    print_table(COLUMNS, [cells(row) for row in rows()])
     return None
+
+
+def rows() -> list[dict[str, Any]]:
+    """A row for each family."""
+    from typing import get_args
+
+    from obsdiff.export.stage import Format
+    from obsdiff.files import read_json
+    from obsdiff.models import FAMILIES
+    from obsdiff.runtime.backends import BACKENDS
+
+    verified = read_json(FILE)
+    found = []
+    for spec in FAMILIES.values():
+        kinds = dict.fromkeys(group.kind for kind in spec.blocks for group in kind.groups)
+        found.append(
+            {
+                "family": spec.family,
+                "title": spec.title,
+                "pipelines": list(spec.pipelines),
+                "denoiser": spec.denoiser,
+                "patterns": ["unstructured", "N:M", *([f"structured ({' and '.join(kinds)})"] if kinds else [])],
+                "formats": list(get_args(Format)),
+                "backends": list(BACKENDS),
+                "verified": verified.get(spec.family, {}),
+            }
+        )
+    return found
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, by COLUMNS."""
+    sizes = [f"{SIZES[size]}: {', '.join(what)}" for size, what in row["verified"].items() if what]
+    texts = {**row, "verified": "; ".join(sizes) or "nothing yet"}
+    return [", ".join(value) if isinstance(value := texts[name], list) else value for name in COLUMNS]

@@ -1,12 +1,15 @@
 """obsdiff prune"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from obsdiff.cli.options import Device, Guidance, Json, Side, Steps
 from obsdiff.cli.show import ShownProgress, human, print_json, print_table
+
+if TYPE_CHECKING:
+    from obsdiff.checkpoint import CheckpointInfo
 
 
 def command(
@@ -36,7 +39,7 @@ def command(
         str | None,
         typer.Option(
             help="uniform (the paper), owl, or error: more where it changes the denoiser's output less. "
-            "[default: error for unstructured and structured with the solver auto]"
+            "[default: error with a target, and for unstructured and structured with the solver auto]"
         ),
     ] = None,
     target_size: Annotated[
@@ -45,6 +48,17 @@ def command(
     target_speedup: Annotated[
         float | None,
         typer.Option(help="structured: how many times as fast the denoiser must be, measured on this device in torch."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:SCALE]",
+            help="Fuse this LoRA first (.safetensors, or a hub id); repeatable. Later it would fill the zeros again.",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="For a MODEL that is one .safetensors file: a pipeline of the same architecture."),
     ] = None,
     solver: Annotated[
         str,
@@ -57,7 +71,7 @@ def command(
         Path | None,
         typer.Option(help="Calibration prompts: text (one a line) or JSON lines. [default: ones that ship]"),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="How many of the prompts to use.")] = 100,
+    num_prompts: Annotated[int | None, typer.Option(help="How many of the prompts to use. [default: 100]")] = None,
     steps: Steps = None,
     height: Side = None,
     width: Side = None,
@@ -129,7 +143,29 @@ def command(
             ("pattern, solver", f"{info.recipe['pattern']}, {info.recipe['solver']}"),
             ("pruned linears", f"{len(info.layers)} with {human(entries)} weights"),
             ("zeros in them", f"{zeros / entries:.1%}"),
+            *_stays(info),
             ("relative output error", f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"),
         ],
     )
     return None
+
+
+def _stays(info: "CheckpointInfo") -> list[tuple[str, str]]:
+    """Rows for the units that stay and what they had to come to: zeros do not tell, since MACs are not weights."""
+    rows = []
+    if info.groups:
+        counts = [
+            f"{sum(len(group.kept) for group in groups)} of {sum(group.of for group in groups)} {kind}"
+            for kind in ("heads", "neurons")
+            if (groups := [group for group in info.groups if group.kind == kind])
+        ]
+        rows.append(("heads and neurons that stay", ", ".join(counts)))
+    found = info.allocation
+    if found and found.asked and found.reached:
+        if info.recipe["target_speedup"]:
+            rows.append(("speed-up measured in torch", f"{found.reached:.2f}× of {found.asked:.2f}× asked"))
+        elif info.recipe["target_size"]:
+            rows.append(("parameters that stay", f"{found.reached:.1%} of the denoiser's, {found.asked:.1%} asked"))
+        else:
+            rows.append(("their work that goes", f"{found.reached:.1%} of the MACs, {found.asked:.1%} asked"))
+    return rows

@@ -35,7 +35,7 @@ def command(
     import time
 
     from obsdiff.runtime.generate import call_options, generate, identity, output_paths, save_png
-    from obsdiff.runtime.pipeline import load
+    from obsdiff.runtime.pipeline import check_sides, load
 
     progress = ShownProgress()
     overrides = {
@@ -46,6 +46,7 @@ def command(
         "negative_prompt": negative_prompt,
     }
     paths = output_paths(out, len(prompt))
+    check_sides(bundle, overrides)
     with progress.task("loading", 1 + len(prompt)):
         pipe = load(bundle, backend, device)
         options = call_options(pipe, bundle, overrides)

@@ -9,16 +9,17 @@ BUNDLE/
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from obsdiff.errors import InputError
 from obsdiff.files import folder_files, read_json, sha256
-from obsdiff.models import GroupRecord, find_spec
+from obsdiff.models import FAMILIES, GroupRecord, Input, ModelSpec, generic
 from obsdiff.models.source import MANIFEST
-from obsdiff.models.spec import AXES
+from obsdiff.models.spec import AXES, used_axes
 
 SCHEMA_VERSION = 1
 WEIGHTS = "denoiser/model.safetensors"
@@ -70,6 +71,14 @@ class Tensor(_Model):
     dtype: Literal["float32", "float16", "bfloat16", "int64"]
     axes: tuple[str | int, ...]
 
+    @field_validator("axes")
+    @classmethod
+    def _known_axes(cls, axes: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        for axis in axes:
+            if axis not in AXES and (isinstance(axis, str) or axis < 1):
+                raise ValueError(f"{axis!r} is neither a size nor one of {', '.join(AXES)}")
+        return axes
+
 
 class Check(_Model):
     """How far a format was from PyTorch at shapes that it was not traced at, on random inputs."""
@@ -111,17 +120,49 @@ class Manifest(_Model):
 
     @model_validator(mode="after")
     def _fits_its_family(self) -> "Manifest":
-        spec = find_spec(self.denoiser)
+        spec = self.spec
         if self.component != spec.component:
             raise ValueError(f"the denoiser of a {spec.family} pipeline is its {spec.component}, not {self.component}")
-        entries = (*self.inputs, *self.outputs)
-        named = [(entry.name, [axis for axis in entry.axes if isinstance(axis, str)]) for entry in entries]
-        wanted = [(entry.name, [axis for axis in entry.axes if axis in AXES]) for entry in (*spec.inputs, spec.output)]
-        if len(self.outputs) != 1 or named != wanted:
+        known = {entry.name: _dynamic(entry.axes) for entry in spec.inputs}
+        needed = {entry.name for entry in spec.inputs if entry.when is None}
+        named = {entry.name: _dynamic(entry.axes) for entry in self.inputs}
+        outputs = [(entry.name, _dynamic(entry.axes)) for entry in self.outputs]
+        fits = needed <= set(named) <= set(known) and all(known[name] == axes for name, axes in named.items())
+        if not fits or len(named) < len(self.inputs) or outputs != [(spec.output.name, _dynamic(spec.output.axes))]:
             raise ValueError(f"the inputs and outputs are not those of {self.denoiser}")
-        if set(self.axes) != set(AXES):
-            raise ValueError(f"the axes must be {', '.join(AXES)}")
+        used = {axis for axes in named.values() for axis in axes}
+        if set(self.axes) != set(used_axes(used)):
+            raise ValueError(f"the axes must be {', '.join(used_axes(used))}")
         return self
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The denoiser's family; of a denoiser without one, what the manifest itself says of its graph."""
+        if self.denoiser in FAMILIES:
+            return FAMILIES[self.denoiser]
+        inputs, outputs = ([Input(e.name, e.axes, e.dtype) for e in side] for side in (self.inputs, self.outputs))
+        if len(outputs) != 1:
+            raise ValueError("there must be one output")
+        return generic.graph_spec(self.denoiser, self.component, inputs, outputs[0])
+
+    def scale(self, axis: str) -> int:
+        """Pixels in a step of the axis for height and width, 1 for the others."""
+        return self.vae_scale if axis in ("height", "width") else 1
+
+    def say_range(self, axis: str) -> str:
+        """What an axis may be in the user's unit: `16 to 64 pixels in steps of 8`."""
+        allowed, scale = self.axes[axis], self.scale(axis)
+        unit = {
+            "batch": f"denoiser inputs{' (two an image with guidance)' * (self.spec.passes > 1)}",
+            "tokens": "prompt tokens",
+            "image": "image tokens",
+        }.get(axis, "pixels")
+        step = f" in steps of {allowed.multiple * scale}" if allowed.multiple * scale > 1 else ""
+        return f"{allowed.min * scale} to {allowed.max * scale} {unit}{step}"
+
+
+def _dynamic(axes: Sequence[Any]) -> list[str]:
+    return [axis for axis in axes if axis in AXES]
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -170,7 +211,10 @@ def open_bundle(bundle: str | Path) -> Manifest:
 
 
 def list_files(folder: Path) -> dict[str, File]:
-    """Every file of the folder but the manifest, for the manifest. Raises InputError for a name that no bundle may hold."""
+    """Every file of the folder but the manifest, for the manifest.
+
+    Raises InputError for a name that no bundle may hold.
+    """
     found = {name: path for name, path in folder_files(folder).items() if name != MANIFEST}
     for name in found:
         try:

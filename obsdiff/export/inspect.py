@@ -37,14 +37,13 @@ def _inspect_source(source: Source) -> dict[str, Any]:
     axes, groups = default_axes(source), info.groups if info else []
     dense = count_totals(source, [], axes, 1)
     here = count_totals(source, groups, axes, 1)
+    denoiser = meta_denoiser(source)
     units = {
-        f"{source.spec.blocks}.{record.block}.{span.linear}": f"{len(record.kept)} of {record.of} {record.kind}"
+        name: f"{len(record.kept)} of {record.of} {record.kind}"
         for record in groups
-        for group in source.spec.groups
-        if group.name == record.name
-        for span in group.rows + group.columns
+        for name in walk.kept_entries(denoiser, source.spec, [record])
     }
-    kept = walk.kept_entries(meta_denoiser(source), source.spec, groups)
+    kept = walk.kept_entries(denoiser, source.spec, groups)
 
     def left(name: str) -> Tensor:
         """The mask without the rows and columns that an export removes."""
@@ -55,7 +54,7 @@ def _inspect_source(source: Source) -> dict[str, Any]:
         "kind": "pruned checkpoint" if info else "dense model",
         "pipeline": source.index["_class_name"],
         "denoiser": source.spec.denoiser,
-        "weights": sorted({str(stored[name].dtype).removeprefix("torch.") for name in list(stored)[:1]})[0],
+        "weights": _say_weights(source, stored),
     }
     if info:
         about |= {
@@ -84,14 +83,17 @@ def _inspect_source(source: Source) -> dict[str, Any]:
     }
 
 
+def _say_weights(source: Source, stored: checkpoint.TensorFiles) -> str:
+    """The dtypes that are stored, and which variant's they are when there are no plain ones."""
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}))
+    return f"{dtypes} (variant {source.variant})" if source.variant else dtypes
+
+
 def _inspect_bundle(bundle: Path) -> dict[str, Any]:
     manifest = open_bundle(bundle)
     dense, here = manifest.dense, manifest.totals
     recipe = manifest.recipe or {}
-    axes = {
-        name: f"{axis.min} to {axis.max}" + (f" in steps of {axis.multiple}" if axis.multiple > 1 else "")
-        for name, axis in manifest.axes.items()
-    }
+    axes = {name: manifest.say_range(name) for name in manifest.axes}
     checks = {f"{name} against PyTorch": f"{check.relative_error:.1e}" for name, check in manifest.formats.items()}
     return {
         "about": {

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obsdiff.errors import InputError, ObsdiffError
+from obsdiff.errors import InputError, ObsdiffError, first_line
 from obsdiff.export.bundle import Axis, Check, Precision
-from obsdiff.models import ModelSpec, walk
+from obsdiff.models import Input, ModelSpec, graph
 
 OPSET = 20  # 23 emits Attention and RMSNormalization, which TensorRT-RTX parses and then fails to build
 PROTOBUF_LIMIT = 2**31 - 2**20  # a serialised graph must stay below 2 GiB: weights move to a file beside it
@@ -34,31 +34,40 @@ def export_onnx(
     """
     dtype = next(denoiser.parameters()).dtype
     traced = {name: axis.opt for name, axis in axes.items()} | {"batch": max(2, axes["batch"].min)}
-    inputs = walk.random_inputs(spec, config, traced, dtype)
+    inputs = graph.random_inputs(spec, config, traced, dtype)
     dims = {name: _dim(name, axis) for name, axis in axes.items()}
     dynamic = tuple(
         {i: dims[axis] for i, axis in enumerate(entry.axes) if axis in dims and dims[axis] is not None}
-        for entry in spec.inputs
+        for entry in spec.graph_inputs(config)
     )
-    with _quiet():
+    with _quiet(), _exact_zeros():
         try:
             program = torch.onnx.export(
-                walk.TensorDenoiser(denoiser, spec).eval(),
+                graph.TensorDenoiser(denoiser, spec).eval(),
                 tuple(inputs.values()),
                 dynamo=True,
                 input_names=list(inputs),
                 output_names=[spec.output.name],
                 dynamic_shapes={"inputs": dynamic},
                 opset_version=OPSET,
-                custom_translation_table={operator.floordiv: _floordiv()},
+                custom_translation_table={operator.floordiv: _floordiv(), torch.ops.aten.squeeze.dim: _squeeze()},
                 verbose=False,
             )
         except Exception as error:  # the exporter's errors share no base class
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ObsdiffError(f"the denoiser could not be traced to ONNX: {reason}") from error
         assert program is not None
+        _check_dynamic(program.model.graph.inputs, dynamic, spec.graph_inputs(config))
         size = sum(p.numel() * p.element_size() for p in denoiser.parameters())
         program.save(path, external_data=size > PROTOBUF_LIMIT)
+
+
+def _check_dynamic(values: Sequence[Any], dynamic: Sequence[Mapping[int, Any]], entries: Sequence[Input]) -> None:
+    """Tracing may fix an axis without a word (len of a tensor, a Python number made of its shape)."""
+    for value, dims, entry in zip(values, dynamic, entries, strict=True):
+        for i in dims:
+            if isinstance(value.shape[i], int):
+                raise ObsdiffError(f"tracing fixed {entry.axes[i]} of the input {entry.name} at {value.shape[i]}")
 
 
 def reference_outputs(
@@ -67,10 +76,10 @@ def reference_outputs(
     """What the float32 denoiser gives in PyTorch for the random inputs that check_onnx uses."""
     outputs = []
     for seed, axes in enumerate(shapes):
-        inputs = walk.random_inputs(spec, config, axes, seed=seed)
+        inputs = graph.random_inputs(spec, config, axes, seed=seed)
         with torch.no_grad():
             try:
-                outputs.append(walk.TensorDenoiser(denoiser, spec)(*inputs.values()))
+                outputs.append(graph.TensorDenoiser(denoiser, spec)(*inputs.values()))
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"the denoiser does not run at {_say(axes)} (latents): {error}") from None
     return outputs
@@ -95,14 +104,14 @@ def check_onnx(
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-        raise ObsdiffError(f"ONNX Runtime does not load the {precision} graph: {_first_line(error)}") from None
+        raise ObsdiffError(f"ONNX Runtime does not load the {precision} graph: {first_line(error)}") from None
     for seed, (axes, wanted) in enumerate(zip(shapes, expected, strict=True)):
-        inputs = walk.random_inputs(spec, config, axes, DTYPES[precision], seed=seed)
+        inputs = graph.random_inputs(spec, config, axes, DTYPES[precision], seed=seed)
         try:
             feeds = {name: onnxruntime.OrtValue.from_dlpack(value.__dlpack__()) for name, value in inputs.items()}
             (result,) = session.run_with_ort_values(None, feeds)
         except Exception as error:
-            raise ObsdiffError(f"ONNX Runtime fails at {_say(axes)}: {_first_line(error)}") from None
+            raise ObsdiffError(f"ONNX Runtime fails at {_say(axes)}: {first_line(error)}") from None
         got = torch.from_dlpack(result).float()
         if not got.isfinite().all():
             raise ObsdiffError(f"the {precision} graph gives NaN or infinity at {_say(axes)}: use --precision fp32")
@@ -129,16 +138,12 @@ def check_shapes(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
         size = min(max(size, axis.min), axis.max)
         return max(axis.min, size - size % axis.multiple)
 
-    step, tokens = axes["height"].multiple, axes["tokens"].opt
-    return [
-        {
-            "batch": near("batch", batch),
-            "height": near("height", axes["height"].opt + dh * step),
-            "width": near("width", axes["width"].opt + dw * step),
-            "tokens": near("tokens", tokens + dt),
-        }
-        for batch, dh, dw, dt in ((1, -1, 1, -5), (3, 1, -2, 9))
-    ]
+    def moved(name: str, by: int) -> int:
+        return near(name, by if name == "batch" else axes[name].opt + by * axes[name].multiple)
+
+    names = [name for name in ("batch", "height", "width", "tokens") if name in axes]
+    steps = ({"batch": 1, "height": -1, "width": 1, "tokens": -5}, {"batch": 3, "height": 1, "width": -2, "tokens": 9})
+    return [{name: moved(name, step[name]) for name in names} for step in steps]
 
 
 def _dim(name: str, axis: Axis) -> Any:
@@ -165,8 +170,41 @@ def _floordiv() -> Any:
     return floordiv
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _squeeze() -> Any:
+    """aten.squeeze of one axis for ONNX that leaves an axis alone whose size is not 1, as PyTorch's does.
+
+    onnxscript 0.7 emits a bare Squeeze, which is an error for PixArt's `squeeze(1)` on the image's tokens.
+    """
+    from onnxscript import opset20 as op
+
+    def squeeze(self: Any, dim: int) -> Any:
+        if self.shape[dim] != 1:
+            return op.Identity(self)
+        return op.Squeeze(self, op.Constant(value_ints=[dim]))
+
+    return squeeze
+
+
+@contextlib.contextmanager
+def _exact_zeros() -> Iterator[None]:
+    """onnxscript's optimiser takes what is within 1e-8 of 0 for 0 and drops it, while the body does not.
+
+    Sana's attention adds 1e-15 so as not to divide by zero: without it nearly half of the output is NaN.
+    """
+    from onnxscript.rewriter import pattern
+    from onnxscript.rewriter.rules.common import _no_op
+
+    inputs = [value for rule in _no_op.rules for node in rule._target_pattern for value in node.inputs]
+    constants: list[Any] = [value for value in inputs if isinstance(value, pattern.Constant)]
+    kept = [constant._abs_tol for constant in constants]
+    for constant in constants:
+        constant._abs_tol = 0.0
+    try:
+        yield
+    finally:
+        for constant, tolerance in zip(constants, kept, strict=True):
+            constant._abs_tol = tolerance
+
 
 
 def _say(axes: Mapping[str, int]) -> str:

@@ -14,9 +14,10 @@ from obsdiff.errors import InputError
 from obsdiff.export import bundle as bundles
 from obsdiff.export import onnx
 from obsdiff.export.bundle import Axis, Manifest, Precision
+from obsdiff.export.probe import probe
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
 from obsdiff.files import copy_files, folder_hash, write_json, write_tensors
-from obsdiff.models import Input
+from obsdiff.models import Input, size_of
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_denoiser, quiet_libraries
 from obsdiff.progress import Progress
@@ -38,7 +39,7 @@ def export(
 ) -> Manifest:
     """Compiles a dense or pruned diffusers pipeline into a bundle, and proves that it computes the same.
 
-    `batch` counts images (a denoiser call with guidance takes twice that), `size` pixels of a side, both MIN:OPT:MAX;
+    `batch` counts images (a denoiser call with guidance takes twice that in many families), `size` pixels of a side, both MIN:OPT:MAX;
     the size defaults to half, once and one and a half times the model's own. `force` replaces a bundle that is there.
     Raises InputError when an argument is wrong; ObsdiffError when the result disagrees with PyTorch, and then
     nothing is written.
@@ -53,6 +54,10 @@ def export(
     if precision == "bf16":
         raise InputError("--precision bf16: ONNX Runtime has no bf16 kernels for CPUs, so the graph cannot be checked")
     source = find_source(model)
+    if variant := source.pipeline_variant:
+        progress.message(f"{source.name}: the weights used are those of the variant {variant}, there are no plain ones")
+    if not source.spec.inputs:
+        source = probe(source)
     axes = make_axes(source, batch, size)
     work = _claim(out, force)
     try:
@@ -70,7 +75,10 @@ def export(
 
 def make_axes(source: Source, batch: str, size: str | None) -> dict[str, Axis]:
     """The dynamic axes of the graph, in latents and denoiser calls, from the user's images and pixels."""
-    patch = int(source.config[source.spec.patch])
+    names = source.spec.axes(source.config)
+    if size and "height" not in names:
+        raise InputError(f"--size {size}: this model draws pictures of one size: leave the option out")
+    patch = size_of(source.spec.patch, source.config)
     step = source.vae_scale * patch
     own = default_axes(source)["height"] * source.vae_scale
     low, opt, high = (
@@ -86,13 +94,15 @@ def make_axes(source: Source, batch: str, size: str | None) -> dict[str, Axis]:
         raise InputError(f"--size {size}: sides must be multiples of {step} pixels for this model")
     side = Axis(min=low // source.vae_scale, opt=opt // source.vae_scale, max=high // source.vae_scale, multiple=patch)
     low, opt, high = _triple("--batch", batch)
-    shortest, _usual, longest = source.spec.tokens
-    return {
-        "batch": Axis(min=low, opt=2 * opt, max=2 * high),
+    passes, (shortest, _usual, longest) = source.spec.passes, source.spec.tokens
+    axes = {
+        "batch": Axis(min=low, opt=passes * opt, max=passes * high),
         "height": side,
         "width": side,
         "tokens": Axis(min=shortest, opt=source.prompt_tokens, max=longest),
+        "image": Axis(min=(side.min // patch) ** 2, opt=(side.opt // patch) ** 2, max=(side.max // patch) ** 2),
     }
+    return {name: axes[name] for name in names}
 
 
 def _triple(option: str, text: str) -> tuple[int, int, int]:
@@ -170,9 +180,7 @@ def _manifest(
     default, itemsize = default_axes(source), onnx.DTYPES[precision].itemsize
 
     def signature(entry: Input) -> bundles.Tensor:
-        shape = tuple(
-            axis if isinstance(axis, int) or axis in axes else int(source.config[axis]) for axis in entry.axes
-        )
+        shape = tuple(axis if axis in axes else size_of(axis, source.config) for axis in entry.axes)
         return bundles.Tensor.model_validate({"name": entry.name, "dtype": entry.dtype or dtype, "axes": shape})
 
     return Manifest(
@@ -186,7 +194,7 @@ def _manifest(
         precision=precision,
         groups=groups,
         axes=dict(axes),
-        inputs=[signature(entry) for entry in spec.inputs],
+        inputs=[signature(entry) for entry in spec.graph_inputs(source.config)],
         outputs=[signature(spec.output)],
         vae_scale=source.vae_scale,
         formats=dict(checks),

@@ -16,8 +16,8 @@ from obsdiff.device import pick_device
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.measure.environment import environment
 from obsdiff.progress import Progress
-from obsdiff.runtime.generate import call_options, generate
-from obsdiff.runtime.pipeline import load
+from obsdiff.runtime.generate import call_options, generate, known_prompt
+from obsdiff.runtime.pipeline import check_sides, load
 
 PROMPT = "a photo of a red ankle boot"
 STAGES = ("text_encoding", "denoising_loop", "denoiser_call", "decode")
@@ -46,6 +46,8 @@ def bench(
         raise InputError("a bench needs at least one path, one run and one picture")
     progress = progress or Progress()
     device = pick_device(device)
+    for path in paths:
+        check_sides(path, overrides)
     with progress.task("loading", len(paths) * (1 + memory + warmup + runs)):
         pipes, options = [], []
         for path in paths:
@@ -88,11 +90,12 @@ def time_batch(pipe: Any, batch_size: int, options: Mapping[str, Any]) -> dict[s
         _timed(pipe.vae, "decode", marks["decode"]),
     ):
         start = _now()
-        generate(pipe, [PROMPT] * batch_size, range(batch_size), options)
+        generate(pipe, [known_prompt(pipe, PROMPT)] * batch_size, range(batch_size), options)
         total = _now() - start
     spans = {name: sum(end - begin for begin, end in times) for name, times in marks.items()}
     calls = [end - begin for begin, end in marks["denoiser_call"]]
-    loop = marks["decode"][0][0] - marks["text_encoding"][-1][1]
+    encoded = marks["text_encoding"][-1][1] if marks["text_encoding"] else start
+    loop = marks["decode"][0][0] - encoded
     return spans | {"total": total, "denoising_loop": loop, "denoiser_call": float(np.median(calls))}
 
 
@@ -124,7 +127,10 @@ def peak_memory(path: str | Path, backend: str, device: str, batch_size: int, ov
 
 @contextmanager
 def _timed(owner: Any, name: str, marks: list[tuple[float, float]]) -> Iterator[None]:
-    """Records when the method starts and ends, while the body runs."""
+    """Records when the method starts and ends, while the body runs; nothing where the owner has no such method."""
+    if not hasattr(owner, name):
+        yield
+        return
     method: Callable[..., Any] = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:

@@ -6,14 +6,14 @@ import sys
 
 import torch
 
-from obsdiff.runtime.generate import call_options, generate
+from obsdiff.runtime.generate import call_options, generate, known_prompt
 from obsdiff.runtime.pipeline import load
 
 
 def main(request: str) -> int:
     path, backend, device, batch_size, overrides = json.loads(request)
     pipe = load(path, backend, device)
-    generate(pipe, ["a photo"] * batch_size, range(batch_size), call_options(pipe, path, overrides))
+    generate(pipe, [known_prompt(pipe, "a photo")] * batch_size, range(batch_size), call_options(pipe, path, overrides))
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,16 +1,30 @@
 """A spec applied to a denoiser: which linears it has, in which order, and which units they share."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import InputError
-from obsdiff.models.spec import AXES, Group, GroupRecord, Input, ModelSpec
+from obsdiff.models import layers
+from obsdiff.models.layers import Layer
+from obsdiff.models.spec import Blocks, Group, GroupRecord, ModelSpec, Span
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the denoiser: its number in forward order, its full name, and what the spec says of its kind."""
+
+    number: int
+    name: str
+    module: nn.Module
+    kind: Blocks
+
+    def full(self, linear: str) -> str:
+        return f"{self.name}.{linear}"
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,18 @@ class Stage:
     block: int
     linears: tuple[tuple[str, ...], ...]
     group: Group | None = None
+    parent: str = ""  # the full name of the block
 
     @property
     def name(self) -> str:
-        prefix = self.linears[0][0]
-        return f"{prefix.split('.')[0]}.{self.block}.{self.group.name}" if self.group else prefix
+        return f"{self.parent}.{self.group.name}" if self.group else self.linears[0][0]
+
+    @property
+    def touched(self) -> list[str]:
+        """Full names of all linears that solving the stage may change."""
+        if self.group:
+            return [f"{self.parent}.{name}" for name in self.group.linears]
+        return [name for shared in self.linears for name in shared]
 
 
 def parse_blocks(text: str, count: int) -> range:
@@ -41,12 +62,12 @@ def parse_blocks(text: str, count: int) -> range:
     return chosen
 
 
-def linear(denoiser: nn.Module, name: str) -> nn.Linear:
-    """The linear of that full name. Raises InputError when nothing or something else is there."""
+def linear(denoiser: nn.Module, name: str) -> Layer:
+    """The linear or convolution of that full name. Raises InputError when nothing or something else is there."""
     if not has(denoiser, name):
         raise InputError(f"{name} is not there: the denoiser has no such linear")
     module = denoiser.get_submodule(name)
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
         raise InputError(
             f"{name} is a {type(module).__name__} where a Linear is expected: "
             "quantised or adapted checkpoints cannot be pruned; start from the full-precision weights"
@@ -61,26 +82,31 @@ def has(denoiser: nn.Module, name: str) -> bool:
         return False
 
 
-def blocks_of(denoiser: nn.Module, spec: ModelSpec) -> nn.ModuleList:
-    blocks = denoiser.get_submodule(spec.blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+def blocks_of(denoiser: nn.Module, spec: ModelSpec) -> list[Block]:
+    """The denoiser's blocks in forward order. Raises InputError when it has none of those that the spec names."""
+    found: list[tuple[str, nn.Module, Blocks]] = []
+    for kind in spec.blocks:
+        there = denoiser.get_submodule(kind.path) if has(denoiser, kind.path) else nn.ModuleList()
+        if isinstance(there, nn.ModuleList):
+            found += [(f"{kind.path}.{number}", module, kind) for number, module in enumerate(there)]
+        else:
+            found.append((kind.path, there, kind))
+    if not found:
+        raise InputError(f"the denoiser has no {spec.blocks[0].path}: it is not built as {spec.title} is")
+    return [Block(number, *entry) for number, entry in enumerate(found)]
 
 
 def linear_stages(
     denoiser: nn.Module, spec: ModelSpec, blocks: str = ":", include: str = "", exclude: str = ""
 ) -> list[Stage]:
     """The prunable linears in forward order, by blocks and by regular expressions on their full names."""
-    stages = []
-    for block in parse_blocks(blocks, len(blocks_of(denoiser, spec))):
-        for stage in spec.layers:
-            sets = [
-                [f"{spec.blocks}.{block}.{name}" for name in shared if _wanted(name, spec, block, include, exclude)]
-                for shared in stage
-            ]
+    stages, every = [], blocks_of(denoiser, spec)
+    for block in (every[k] for k in parse_blocks(blocks, len(every))):
+        for stage in block.kind.layers:
+            sets = [[name for name in map(block.full, shared) if _wanted(name, include, exclude)] for shared in stage]
             present = [tuple(name for name in shared if has(denoiser, name)) for shared in sets]
             if any(present):
-                stages.append(Stage(block, tuple(shared for shared in present if shared)))
+                stages.append(Stage(block.number, tuple(shared for shared in present if shared), parent=block.name))
     if not stages:
         raise InputError(f"no linear matches --include {include!r} and --exclude {exclude!r}")
     return stages
@@ -90,32 +116,72 @@ def group_stages(
     denoiser: nn.Module, spec: ModelSpec, blocks: str = ":", include: str = "", exclude: str = ""
 ) -> list[Stage]:
     """The groups of heads and neurons in forward order; include and exclude match the group's full name."""
-    stages = []
-    for block in parse_blocks(blocks, len(blocks_of(denoiser, spec))):
-        for group in spec.groups:
-            columns = [f"{spec.blocks}.{block}.{span.linear}" for span in group.columns]
-            present = tuple((name,) for name in columns if has(denoiser, name))
-            if present and _wanted(group.name, spec, block, include, exclude):
-                stages.append(Stage(block, present, group))
+    stages, every = [], blocks_of(denoiser, spec)
+    for block in (every[k] for k in parse_blocks(blocks, len(every))):
+        for group in block.kind.groups:
+            columns = [block.full(span.linear) for span in group.columns]
+            present = tuple((name,) for name in columns if has(denoiser, name) and not is_tied(block.module, group))
+            if present and _wanted(block.full(group.name), include, exclude):
+                _check_group(block, group)
+                stages.append(Stage(block.number, present, group, block.name))
     if not stages:
         raise InputError(f"no group of heads or neurons matches --include {include!r} and --exclude {exclude!r}")
     return stages
 
 
-def _wanted(name: str, spec: ModelSpec, block: int, include: str, exclude: str) -> bool:
-    full = f"{spec.blocks}.{block}.{name}"
+def _check_group(block: Block, group: Group) -> None:
+    """Raises InputError that names the linear whose rows or columns are no whole number of the group's units."""
+    if group.count and not has(block.module, group.count):
+        raise InputError(f"{block.full(group.count)} is not there, so the {group.kind} cannot be counted")
+    for span, axis in spans_of(block.module, group):
+        try:
+            span_entries(block.module, group, span, axis, torch.arange(0))
+        except InputError as error:  # it names what it is about within the block
+            raise InputError(f"{block.name}.{error}") from None
+
+
+def is_tied(block: nn.Module, group: Group) -> bool:
+    """Whether the block has what the group's units cannot go with (Group.unless)."""
+    return bool(group.unless) and has(block, group.unless)
+
+
+def tied_heads(denoiser: nn.Module, spec: ModelSpec) -> str:
+    """Why no head can go though the family has groups of heads; empty when some can, or the family has none."""
+    pairs = [(b, g) for b in blocks_of(denoiser, spec) for g in b.kind.groups if g.kind == "heads"]
+    tied = [block.full(group.unless) for block, group in pairs if is_tied(block.module, group)]
+    return f"{tied[0]} works on all heads together" if tied and len(tied) == len(pairs) else ""
+
+
+def _wanted(name: str, include: str, exclude: str) -> bool:
     try:
-        return bool(re.search(include, full)) and not (exclude and re.search(exclude, full))
+        return bool(re.search(include, name)) and not (exclude and re.search(exclude, name))
     except re.error as error:
         raise InputError(f"--include/--exclude: not a regular expression: {error}") from None
 
 
-def unit_count(denoiser: nn.Module, spec: ModelSpec, block: int, group: Group) -> int:
+def unit_count(block: nn.Module, group: Group) -> int:
     """How many units (heads or neurons) the group has in that block."""
-    prefix = f"{spec.blocks}.{block}."
-    if group.count:
-        return int(attrgetter(prefix + group.count)(denoiser))
-    return linear(denoiser, prefix + group.columns[0].linear).in_features
+    return int(attrgetter(group.count)(block)) if group.count else _extent(block, group.columns[0], 1)[1]
+
+
+def _extent(block: nn.Module, span: Span, axis: int) -> tuple[int, int]:
+    """Where the span starts on its linear's axis (rows 0, columns 1), and how long it is."""
+    layer = linear(block, span.linear)
+    start, end = (sum(int(attrgetter(name)(block)) for name in names) for names in (span.after, span.before))
+    return start, (layer.weight.shape[0] if axis == 0 else layers.width(layer)) - start - end
+
+
+def span_entries(block: nn.Module, group: Group, span: Span, axis: int, units: Tensor) -> Tensor:
+    """The entries of the linear's axis (rows 0, columns 1) that belong to those units, in order.
+
+    units int64 [k]; returns int64. Raises InputError when the group's units do not divide the span.
+    """
+    start, length = _extent(block, span, axis)
+    of = unit_count(block, group)
+    if length <= 0 or of < 1 or length % (of * span.copies):
+        side = ("rows", "columns")[axis]
+        raise InputError(f"{span.linear}: {length} {side} cannot hold {of} {group.kind}: an unusual model")
+    return start + unit_entries(units, of, length, span.copies)
 
 
 def unit_entries(units: Tensor, of: int, length: int, copies: int = 1) -> Tensor:
@@ -128,75 +194,52 @@ def unit_entries(units: Tensor, of: int, length: int, copies: int = 1) -> Tensor
     return (starts + torch.arange(size)).flatten()
 
 
+def spans_of(block: nn.Module, group: Group) -> list[tuple[Span, int]]:
+    """The group's spans that the block has, each with its axis (rows 0, columns 1)."""
+    pairs = [(span, 0) for span in group.rows] + [(span, 1) for span in group.columns]
+    return [(span, axis) for span, axis in pairs if has(block, span.linear)]
+
+
+def reader_spans(block: nn.Module, group: Group) -> list[range]:
+    """The columns of the group's units in each linear that reads them and that the block has."""
+    extents = [_extent(block, span, axis) for span, axis in spans_of(block, group) if axis == 1]
+    return [range(start, start + length) for start, length in extents]
+
+
+def find_group(denoiser: nn.Module, spec: ModelSpec, record: GroupRecord) -> tuple[Block, Group]:
+    """The block and group of a record. Raises InputError when it does not fit the denoiser."""
+    blocks = blocks_of(denoiser, spec)
+    block = blocks[record.block] if 0 <= record.block < len(blocks) else None
+    group = next((group for group in block.kind.groups if group.name == record.name), None) if block else None
+    there = block and group and all(has(block.module, span.linear) for span in group.columns[:1])
+    if not block or not group or not there or is_tied(block.module, group):
+        where = block.full(record.name) if block else f"{spec.blocks[0].path}.{record.block}.{record.name}"
+        raise InputError(f"{where}: the {spec.title} family has no such group there")
+    units, distinct = unit_count(block.module, group), set(record.kept)
+    if units != record.of or len(distinct) != len(record.kept) or not distinct or not distinct <= set(range(units)):
+        raise InputError(f"{block.full(record.name)}: keeps {record.kept} of {record.of}, but the denoiser has {units}")
+    return block, group
+
+
 def kept_entries(
     denoiser: nn.Module, spec: ModelSpec, groups: Iterable[GroupRecord]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The rows and columns (int64) that are left of every linear that lost some when these units went, by full name."""
-    by_name = {group.name: group for group in spec.groups}
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     for record in groups:
-        group, units = by_name[record.name], torch.tensor(record.kept)
-        for spans, axis in ((group.rows, 0), (group.columns, 1)):
-            for span in spans:
-                name = f"{spec.blocks}.{record.block}.{span.linear}"
-                if has(denoiser, name):
-                    shape = linear(denoiser, name).weight.shape
-                    left = list(kept.get(name, (torch.arange(shape[0]), torch.arange(shape[1]))))
-                    left[axis] = unit_entries(units, record.of, shape[axis], span.copies)
-                    kept[name] = (left[0], left[1])
+        block, group = find_group(denoiser, spec, record)
+        gone = gone_units(record)
+        for span, axis in spans_of(block.module, group):
+            name = block.full(span.linear)
+            if name not in kept:
+                kept[name] = tuple(torch.arange(size) for size in layers.matrix_shape(linear(denoiser, name)))  # type: ignore[assignment]
+            left = list(kept[name])
+            entries = span_entries(block.module, group, span, axis, gone)
+            left[axis] = left[axis][~torch.isin(left[axis], entries)]
+            kept[name] = (left[0], left[1])
     return kept
 
 
-def shape_of(entry: Input, config: Mapping[str, Any], axes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a graph input or output for values of the dynamic axes (batch, height, width, tokens)."""
-    return tuple(
-        axis if isinstance(axis, int) else axes[axis] if axis in AXES else int(config[axis]) for axis in entry.axes
-    )
-
-
-def random_inputs(
-    spec: ModelSpec,
-    config: Mapping[str, Any],
-    axes: Mapping[str, int],
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Inputs of one denoiser call: standard normal, timesteps uniform between 0 and 1000."""
-    generator = None if device == "meta" else torch.Generator().manual_seed(seed)
-    where = "meta" if device == "meta" else "cpu"
-    inputs = {}
-    for entry in spec.inputs:
-        shape = shape_of(entry, config, axes)
-        if entry.name == "timestep":
-            value = torch.rand(shape, generator=generator, device=where) * 1000
-        else:
-            value = torch.randn(shape, generator=generator, device=where)
-        inputs[entry.name] = value.to(device, getattr(torch, entry.dtype) if entry.dtype else dtype)
-    return inputs
-
-
-class TensorDenoiser(nn.Module):
-    """A diffusers denoiser as a function of tensors, in the spec's order, that returns one tensor."""
-
-    def __init__(self, denoiser: nn.Module, spec: ModelSpec):
-        super().__init__()
-        self.denoiser = denoiser
-        self.names = [entry.name for entry in spec.inputs]
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        named = dict(zip(self.names, inputs, strict=True))
-        return self.denoiser(**named, return_dict=False)[0]
-
-
-def count_macs(denoiser: nn.Module, spec: ModelSpec, config: Mapping[str, Any], axes: Mapping[str, int]) -> int:
-    """Multiply-accumulates of one denoiser call (products and attention), by torch's flop counter.
-
-    The denoiser must live on the meta device: nothing is computed.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    inputs = random_inputs(spec, config, axes, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        TensorDenoiser(denoiser, spec)(*inputs.values())
-    return counter.get_total_flops() // 2
+def gone_units(record: GroupRecord) -> Tensor:
+    """int64 indexes of the units that a record removes."""
+    return torch.tensor(sorted(set(range(record.of)) - set(record.kept)), dtype=torch.int64)

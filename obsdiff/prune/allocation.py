@@ -20,6 +20,7 @@ def allocate(curves: Mapping[str, Sequence[Level]], budget: float) -> dict[str, 
     optimal but for the last step. ZipLM (arXiv 2302.04089) does the same search over latencies.
     Raises ValueError with what can be reached when even the cheapest levels cost more.
     """
+    budget += 1e-9 * abs(budget)  # both are sums of many floats
     hulls = {name: _hull(levels) for name, levels in curves.items()}
     chosen = dict.fromkeys(hulls, 0)
     total = sum(hull[0].cost for hull in hulls.values())

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import InputError
-from obsdiff.models import ModelSpec, walk
+from obsdiff.models import ModelSpec, layers, walk
 from obsdiff.models.walk import Stage
 from obsdiff.prune import ranks
 from obsdiff.prune.hessian import Hessian, Hessians
@@ -21,10 +22,10 @@ from obsdiff.prune.timesteps import WEIGHTINGS
 
 @dataclass(frozen=True)
 class Batch:
-    """The prompts with these numbers, as the pipeline's __call__ takes their embeddings."""
+    """The prompts with these numbers, as the pipeline's __call__ takes their embeddings or labels."""
 
     prompts: range
-    embeds: dict[str, Tensor]
+    embeds: dict[str, Any]  # tensors, or lists of tensors where captions have lengths of their own, class numbers
 
 
 @dataclass(frozen=True)
@@ -47,35 +48,54 @@ class Calibration:
 @torch.no_grad()
 def encode_prompts(pipe: Any, spec: ModelSpec, recipe: Recipe, device: str) -> list[Batch]:
     """The embeddings of this rank's batches of the recipe's prompts: computed once for a whole prune."""
+    starts = range(0, len(recipe.prompts), recipe.batch_size)[ranks.rank() :: ranks.count()]
+    chosen = [range(len(recipe.prompts))[start : start + recipe.batch_size] for start in starts]
+    if spec.arguments:
+        return [Batch(numbers, spec.arguments(pipe, [recipe.prompts[k] for k in numbers])) for numbers in chosen]
     known, call = inspect.signature(pipe.encode_prompt).parameters, recipe.call_options
+    guided, negative = call["guidance_scale"] > spec.guided_above, spec.negative_prompt or ""
     options = {
+        **_defaults(pipe.__call__),  # what __call__ hands on is not always encode_prompt's own default
         **spec.encode,
+        **call,
         "device": torch.device(device),
-        "do_classifier_free_guidance": call["guidance_scale"] > 1,
-        **{name: value for name, value in call.items() if name == "max_sequence_length"},
+        "do_classifier_free_guidance": guided,
     }
-    options = {name: value for name, value in options.items() if name in known}
+    options = {name: value for name, value in options.items() if name in known and name != "prompt"}
     encoders = [module for name, module in pipe.components.items() if name.startswith("text_encoder") and module]
     for encoder in encoders:
         encoder.to(device)
+    takes = inspect.signature(pipe.__call__).parameters
+    second = tuple(name if name in takes else None for name in spec.negative_embeds) if guided else ()
     batches = []
-    for start in range(0, len(recipe.prompts), recipe.batch_size)[ranks.rank() :: ranks.count()]:
-        prompts = recipe.prompts[start : start + recipe.batch_size]
-        values = pipe.encode_prompt(prompt=list(prompts), **options)
-        embeds = {name: value for name, value in zip(spec.embeds, values, strict=True) if value is not None}
-        batches.append(Batch(range(start, start + len(prompts)), embeds))
+    for numbers in chosen:
+        prompts = [recipe.prompts[k] for k in numbers]
+        embeds: dict[str, Any] = {}
+        for texts, names in ((prompts, spec.embeds), ([negative] * len(prompts), second)):
+            values = pipe.encode_prompt(prompt=texts, **options) if any(names) else ()
+            pairs = zip(names[: len(values)], values, strict=True)
+            embeds |= {name: value for name, value in pairs if name and value is not None}
+        batches.append(Batch(numbers, embeds))
     for encoder in encoders:
         encoder.to("cpu")
     return batches
 
 
-def sampler_of(pipe: Any, device: str) -> Any:
-    """The same pipeline without its encoders, on the device: it starts from embeddings and ends at latents."""
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.default is not entry.empty}
+
+
+def sampler_of(pipe: Any, device: str, encodes: bool = False) -> Any:
+    """The same pipeline on the device, without its encoders unless it `encodes` itself; it ends at latents."""
+    left_out = ("feature_extractor", "safety_checker")
     components = {
-        name: None if "encoder" in name or name == "feature_extractor" else component
+        name: None if ("encoder" in name and not encodes) or name in left_out else component
         for name, component in pipe.components.items()
     }
-    sampler = type(pipe)(**components)
+    known = inspect.signature(type(pipe).__init__).parameters
+    settings = {name: value for name, value in pipe.config.items() if name in known and name not in components}
+    sampler = type(pipe)(**components, **settings)
     sampler.set_progress_bar_config(disable=True)
     return sampler.to(device)
 
@@ -94,23 +114,28 @@ def sample_latents(
     Raises InputError when the pipeline refuses an option of the call, a height that its patches do not divide.
     """
 
-    def step_ended(_pipe: Any, step: int, _time: Any, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        on_step(step + 1)
-        return {}
+    known, counter, step = inspect.signature(sampler.__call__).parameters, count(1), sampler.scheduler.step
+    texts = dict.fromkeys(("negative_prompt", "negative_prompt_2", "negative_prompt_3"))  # they are embedded already
+    options = {name: value for name, value in {**call, **texts}.items() if name in known}
 
-    known = inspect.signature(sampler.__call__).parameters
-    options = {name: value for name, value in call.items() if name in known}
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        on_step(next(counter))
+        return result
+
     on_step(0)
+    sampler.scheduler.step = counted  # not every pipeline has callbacks
     try:
         return sampler(
             **batch.embeds,
             **options,
             generator=[torch.Generator().manual_seed(seed + k) for k in batch.prompts],
             output_type="latent",
-            callback_on_step_end=step_ended,
-        ).images
+        )[0]
     except ValueError as error:  # a height or width that the model cannot draw
         raise InputError(f"the sampler refuses this call: {error}") from error
+    finally:
+        del sampler.scheduler.step
 
 
 class Collector:
@@ -128,7 +153,7 @@ class Collector:
         self._modules = {names: walk.linear(run.denoiser, names[0]) for names in inputs}
         self.hessians: Hessians = {
             names: [
-                Hessian(module.in_features, run.device, run.recipe.target == "asymmetric")
+                Hessian(layers.width(module), run.device, run.recipe.target == "asymmetric")
                 for _ in range(2 if run.recipe.solver == "auto" else 1)
             ]
             for names, module in self._modules.items()
@@ -144,20 +169,23 @@ class Collector:
 
     def _hook(self, names: tuple[str, ...]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            dense = self.dense.get(names)
-            for part, hessian in enumerate(self.hessians[names]):
-                chosen = self._choose(args[0], part, len(self.hessians[names]))
-                twins = None if dense is None else dense.flatten(0, -2)[chosen]
-                hessian.add(args[0].flatten(0, -2)[chosen], self.alpha, twins)
+            layer, dense = self._modules[names], self.dense.get(names)
+            for samples, inputs in layers.pieces(layer, args[0]):
+                twins = None if dense is None else layers.inputs_of(layer, dense[samples]).flatten(0, -2)
+                for part, hessian in enumerate(self.hessians[names]):
+                    chosen = self._choose(samples, inputs, part, len(self.hessians[names]))
+                    tokens = inputs.flatten(0, -2)[chosen]
+                    hessian.add(tokens, self.alpha, None if twins is None else twins[chosen])
 
         return add
 
-    def _choose(self, inputs: Tensor, part: int, parts: int) -> Tensor | slice:
-        """Which tokens of [batch, ..., width] go into that part: its prompts', and of those the recipe's share."""
+    def _choose(self, samples: slice, inputs: Tensor, part: int, parts: int) -> Tensor | slice:
+        """Which tokens of these samples [n, ..., width] go into that part: its prompts', and of those the recipe's
+        share."""
         if parts == 1 and self._share == 1:
             return slice(None)
         # With guidance every prompt is there twice, the whole batch after the whole batch.
-        prompts = torch.arange(len(inputs)) % len(self.prompts) + self.prompts.start
+        prompts = torch.arange(samples.start, samples.stop) % len(self.prompts) + self.prompts.start
         tokens = prompts.repeat_interleave(inputs.shape[:-1].numel() // len(inputs))
         chosen = (tokens % parts == part).nonzero().flatten()
         if self._share < 1:
@@ -200,8 +228,12 @@ def sampler_hessians(
             continue
         collector = Collector(run, inputs_of(package))
         note = f"package {k + 1}/{len(packages)}: calibrating"
+
+        def step_starts(step: int, note: str = note) -> None:
+            run.advance(int(0 < step <= run.recipe.steps), note)  # some schedulers take more steps than were asked for
+
         with collector.listening():
-            run_batches(run, collector, lambda step, note=note: run.advance(min(step, 1), note))  # type: ignore[misc]
+            run_batches(run, collector, step_starts)
         yield k, collector.hessians
 
 
@@ -229,7 +261,7 @@ def run_batches(run: Calibration, collector: Collector, on_step: Callable[[int],
 
     for batch in run.batches:
         collector.prompts = batch.prompts
-        sample_latents(run.sampler, batch, call, run.recipe.seed, step_starts)
+        sample_latents(run.sampler, batch, {**run.spec.options(call), **run.spec.call}, run.recipe.seed, step_starts)
 
 
 def _scheduler_steps(sampler: Any, call: Mapping[str, Any]) -> int:

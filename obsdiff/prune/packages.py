@@ -19,3 +19,15 @@ def cut(stages: Sequence[Stage], packages: int) -> list[list[Stage]]:
 def by_block(stages: Sequence[Stage]) -> list[list[Stage]]:
     """One package a block."""
     return [list(package) for _, package in groupby(stages, key=lambda stage: stage.block)]
+
+
+def apart(stages: Sequence[Stage], count: int) -> list[list[Stage]]:
+    """Runs of at most `count` stages that change no linear in common, so that they can be solved side by side."""
+    runs: list[list[Stage]] = []
+    for stage in stages:
+        busy = {name for other in runs[-1] for name in other.touched} if runs else set()
+        if runs and len(runs[-1]) < count and not busy & set(stage.touched):
+            runs[-1].append(stage)
+        else:
+            runs.append([stage])
+    return runs

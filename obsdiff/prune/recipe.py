@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from obsdiff.errors import InputError
 from obsdiff.models.source import DATA, EMBEDDED, Source
+from obsdiff.prune.base import Lora, record_loras
 from obsdiff.prune.solvers.patterns import NM, Pattern, Unstructured, parse_nm
 
 PACKAGES = 4
@@ -32,6 +33,7 @@ class Recipe(BaseModel):
     target_speedup: float | None = Field(None, gt=1)
     solver: Literal["auto", "obs", "alps", "dsnot", "wanda", "magnitude"] = "auto"
     damping: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lora: tuple[Lora, ...] = ()
     prompts: tuple[str, ...] = Field(min_length=1)
     steps: int = Field(25, ge=1)
     height: int = Field(512, ge=1)
@@ -67,44 +69,49 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
         if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise ValueError(f"sparsity must lie between 0 and 1 (both excluded), not {self.sparsity}")
+            raise ValueError(f"--sparsity must lie between 0 and 1 (both excluded), not {self.sparsity}")
         nm = None if self.structured else self.layer_pattern
         if isinstance(nm, NM) and self.sparsity not in (None, nm.sparsity):
-            raise ValueError(f"{nm} is a sparsity of {nm.sparsity:g}, not {self.sparsity}")
+            raise ValueError(f"--pattern {nm} is a sparsity of {nm.sparsity:g}, not --sparsity {self.sparsity:g}")
         if self.structured and self.solver not in ("auto", "obs", "magnitude"):
-            raise ValueError("structured pruning knows the solvers auto, obs and magnitude")
+            raise ValueError(f"--solver {self.solver}: structured pruning knows auto, obs and magnitude")
         if self.damping is not None and self.solver not in ("obs", "alps"):
-            raise ValueError(f"damping is an option of the solvers obs and alps, not of {self.solver}")
+            raise ValueError(f"--damping is an option of --solver obs and alps, not of {self.solver}")
         if self.solver == "auto" and len(self.prompts) < 2:
-            raise ValueError("the solver auto holds half of the prompts out: give it two or more, or choose obs")
+            raise ValueError("--solver auto holds half of the prompts out: give two or more, or choose --solver obs")
         self._check_allocation()
         if self.packages is not None and self.calibration == "stream":
-            raise ValueError("packages is an option of --calibration sampler: in a stream every block is one")
-        if self.offload and (self.calibration != "stream" or self.target_speedup is not None):
-            raise ValueError("offload needs --calibration stream, and nothing can be timed with it (target_speedup)")
+            raise ValueError("--packages is an option of --calibration sampler: in a stream every block is one")
+        if self.offload and self.calibration != "stream":
+            raise ValueError("--offload needs --calibration stream")
+        if self.offload and self.target_speedup is not None:
+            raise ValueError("--target-speedup cannot be measured with --offload: leave one of them out")
         if self.target == "asymmetric" and (self.calibration != "stream" or self.pattern == STRUCTURED):
-            raise ValueError("target asymmetric needs --calibration stream and a pattern with a mask for each weight")
+            raise ValueError("--target asymmetric needs --calibration stream and a --pattern other than structured")
         if self.call_share < 1 and self.calibration != "stream":
-            raise ValueError("call_share is an option of --calibration stream")
+            raise ValueError("--call-share is an option of --calibration stream")
         for name in ("heads", "neurons", "round_to"):
             if getattr(self, name) is not None and not self.structured:
-                raise ValueError(f"{name} is an option of --pattern structured and structured+N:M")
+                raise ValueError(f"{flag(name)} is an option of --pattern structured and structured+N:M")
         return self
 
     def _check_allocation(self) -> None:
         targets = [name for name in ("target_size", "target_speedup") if getattr(self, name) is not None]
+        shares = [name for name in ("heads", "neurons") if getattr(self, name) is not None]
+        for needed, given in (("--pattern structured", self.pattern), ("--allocation error", self.allocation)):
+            if targets and given != needed.split()[1]:
+                raise ValueError(f"{flag(targets[0])} needs {needed}, not {given}")
         if self.allocation == "owl" and self.pattern != "unstructured":
-            raise ValueError("allocation owl is for --pattern unstructured")
+            raise ValueError("--allocation owl is for --pattern unstructured")
         if self.allocation == "error" and self.pattern not in ("unstructured", STRUCTURED):
             raise ValueError(
-                "allocation error is for --pattern unstructured and structured: N:M is the same everywhere"
+                "--allocation error is for --pattern unstructured and structured: N:M is the same everywhere"
             )
-        if targets and (self.pattern != STRUCTURED or self.allocation != "error"):
-            raise ValueError(f"{targets[0]} needs --pattern structured and --allocation error")
         if len(targets) + (bool(targets) and self.sparsity is not None) > 1:
-            raise ValueError("give one of sparsity, target_size and target_speedup")
-        if self.allocation != "uniform" and (self.heads is not None or self.neurons is not None):
-            raise ValueError("heads and neurons are shares for --allocation uniform: error chooses them itself")
+            raise ValueError("give one of --sparsity, --target-size and --target-speedup")
+        if shares and self.allocation != "uniform":
+            chooser = flag(targets[0]) if targets else f"--allocation {self.allocation}"
+            raise ValueError(f"{flag(shares[0])} is a share for --allocation uniform: {chooser} chooses it itself")
 
     @property
     def call_options(self) -> dict[str, Any]:
@@ -148,10 +155,12 @@ def make_recipe(source: Source, options: Mapping[str, Any]) -> Recipe:
     given = {name: value for name, value in fallbacks.items() if value is not None} | given
     given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     given.setdefault("dtype", "float32" if given["device"] == "cpu" else "bfloat16")
+    given["lora"] = record_loras(given.get("lora", ()))
     given["prompts"] = _choose_prompts(source, given.get("prompts"), given.pop("num_prompts", 100))
     targets = given.keys() & {"target_size", "target_speedup"}
     if targets:
         given.setdefault("pattern", STRUCTURED)
+        given.setdefault("allocation", "error")  # whatever the solver: no other allocation meets a target
     if given.get("solver", "auto") == "auto" and given.get("pattern") in ("unstructured", STRUCTURED):
         uniform = given.keys() & {"heads", "neurons"}
         given.setdefault("allocation", "uniform" if uniform else "error")
@@ -164,7 +173,12 @@ def make_recipe(source: Source, options: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe(**given)
     except ValidationError as error:
-        raise InputError("; ".join(_say(problem) for problem in error.errors())) from None
+        raise InputError("; ".join(dict.fromkeys(_say(problem) for problem in error.errors()))) from None
+
+
+def flag(name: str) -> str:
+    """An option's name as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -201,15 +215,16 @@ def _parse_prompt(line: str, where: str) -> str:
 def _choose_prompts(source: Source, given: Any, count: int) -> tuple[str, ...]:
     if count < 1:
         raise InputError(f"--num-prompts must be at least 1, not {count}")
-    if given is None:
+    if given is None and source.spec.prompts:
+        given = source.spec.prompts
+    elif given is None:
         given = DATA / "prompts" / ("fashion.txt" if source.path in EMBEDDED.values() else "general.txt")
     prompts = read_prompts(Path(given)) if isinstance(given, (str, Path)) else list(given)
     return tuple(prompts[:count])
 
 
 def _say(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         message = "no such option"
-    return f"{where.replace('_', '-')}: {message}" if where else message
+    return f"{flag(problem['loc'][0])}: {message}" if problem["loc"] else message

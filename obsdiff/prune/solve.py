@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from obsdiff.checkpoint import ChoiceRecord, GroupRecord, LayerRecord
 from obsdiff.errors import InputError
 from obsdiff.models import ModelSpec, walk
+from obsdiff.models.layers import as_matrix, from_matrix
 from obsdiff.models.walk import Stage
 from obsdiff.prune.hessian import Hessian, Hessians, Moments, mean
 from obsdiff.prune.recipe import Recipe
@@ -27,19 +28,20 @@ class Solved:
     groups: list[GroupRecord] = field(default_factory=list)
 
     def add(self, name: str, weight: Tensor, mask: Tensor, error: float | None, choice: Choice | None = None) -> None:
+        """weight as the layer has it, bool mask of its matrix [out, in]."""
         self.tensors[f"{name}.weight"] = weight.cpu().contiguous()
         self.masks[name] = mask.cpu()
         sparsity = 1 - mask.float().mean().item()
-        shape = (weight.shape[0], weight.shape[1])
+        shape = (mask.shape[0], mask.shape[1])
         chosen = ChoiceRecord(**vars(choice)) if choice else None
         self.layers.append(LayerRecord(name=name, shape=shape, sparsity=sparsity, error=error, choice=chosen))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What stages are solved from: weights as they are stored, by state-dict name; the rows and columns left of
-    linears that lost some in an earlier package (walk.kept_entries); and how much goes where that is not uniform:
-    sparsity by linear, or units that stay by group stage."""
+    """What stages are solved from: weights as they are now, by state-dict name; the rows and columns left of linears
+    that lost some before (walk.kept_entries); and how much goes where that is not uniform: sparsity by linear, or
+    units that stay by group stage."""
 
     denoiser: nn.Module
     spec: ModelSpec
@@ -63,7 +65,8 @@ def _solve_linears(stage: Stage, hessians: Hessians, problem: Problem) -> Solved
     for shared in stage.linears:
         parts = _moments(hessians[shared], shared[0])
         for name in shared:
-            weight = problem.weights[f"{name}.weight"].to(parts[0].hessian.device)
+            own = problem.weights[f"{name}.weight"]
+            weight = as_matrix(own).to(parts[0].hessian.device)
             rows, columns = problem.kept.get(name) or map(torch.arange, weight.shape)
             pattern = recipe.layer_pattern
             assert pattern
@@ -84,7 +87,7 @@ def _solve_linears(stage: Stage, hessians: Hessians, problem: Problem) -> Solved
                 raise InputError(f"{name}: {error}") from None
             pruned, mask = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
             pruned[rows[:, None], columns], mask[rows[:, None], columns] = solution.weight, solution.mask
-            solved.add(name, pruned, mask, solution.error, solution.choice)
+            solved.add(name, from_matrix(pruned, own.shape), mask, solution.error, solution.choice)
     return solved
 
 
@@ -104,42 +107,66 @@ def asymmetric_target(weight: Tensor, parts: Sequence[Moments], columns: Tensor,
 
 
 def _solve_group(stage: Stage, hessians: Hessians, problem: Problem) -> Solved:
-    group, denoiser, spec, recipe, stored = stage.group, problem.denoiser, problem.spec, problem.recipe, problem.weights
+    group, recipe = stage.group, problem.recipe
     assert group
-    units = walk.unit_count(denoiser, spec, stage.block, group)
+    block = problem.denoiser.get_submodule(stage.parent)
+    units = walk.unit_count(block, group)
     keep = int(problem.amounts.get(stage.name, units_to_keep(recipe, group.kind, units)))
     readers = [shared[0] for shared in stage.linears]
     # Each part, the even and the odd prompts with `auto`, as one list over the readers.
     parts = zip(*(_moments(hessians[shared], shared[0]) for shared in stage.linears), strict=True)
     means = [[moments.hessian for moments in part] for part in parts]
-    weights = [stored[f"{name}.weight"].to(means[0][0].device) for name in readers]
+    weights = [as_matrix(problem.weights[f"{name}.weight"]).to(means[0][0].device) for name in readers]
+    # Columns that went with another group of the same linear (heads and neurons of a fused projection) are not there.
+    pairs = zip(readers, weights, strict=True)
+    left = [problem.kept[name][1] if name in problem.kept else torch.arange(w.shape[1]) for name, w in pairs]
+    spans = [_within(span, columns) for span, columns in zip(walk.reader_spans(block, group), left, strict=True)]
     try:
-        removal = REMOVERS[recipe.solver](weights, *means, units=units, keep=keep, **_options(recipe))
+        removal = REMOVERS[recipe.solver](
+            [weight[:, columns] for weight, columns in zip(weights, left, strict=True)],
+            *([h[columns][:, columns] for h, columns in zip(part, left, strict=True)] for part in means),
+            units=units,
+            keep=keep,
+            spans=spans,
+            **_options(recipe),
+        )
     except ValueError as error:
         raise InputError(f"{stage.name}: {error}") from None
-    gone = torch.ones(units, dtype=torch.bool)
-    gone[removal.kept] = False
-    solved = Solved()
-    solved.groups.append(GroupRecord(block=stage.block, name=group.name, kind=group.kind, kept=removal.kept, of=units))
-    for name, weight, lost in zip(readers, removal.weights, removal.errors, strict=True):
-        mask = torch.ones(weight.shape, dtype=torch.bool)
-        mask[:, walk.unit_entries(gone.nonzero().flatten(), units, weight.shape[1])] = False
-        solved.add(name, weight, mask, lost)
-    for span in group.rows:
-        name = f"{spec.blocks}.{stage.block}.{span.linear}"
-        if f"{name}.weight" not in stored:
-            continue
-        weight = stored[f"{name}.weight"].clone()
-        rows = walk.unit_entries(gone.nonzero().flatten(), units, len(weight), span.copies)
-        weight[rows] = 0
-        mask = torch.ones(weight.shape, dtype=torch.bool)
-        mask[rows] = False
-        solved.add(name, weight, mask, None)
-        if f"{name}.bias" in stored:
-            bias = stored[f"{name}.bias"].clone()
-            bias[rows] = 0
-            solved.tensors[f"{name}.bias"] = bias
+    record = GroupRecord(block=stage.block, name=group.name, kind=group.kind, kept=removal.kept, of=units)
+    solved = Solved(groups=[record])
+    for name, columns, new, lost in zip(readers, left, removal.weights, removal.errors, strict=True):
+        own = problem.weights[f"{name}.weight"]
+        pruned = torch.zeros_like(as_matrix(own))
+        pruned[:, columns] = new.cpu()
+        solved.add(name, from_matrix(pruned, own.shape), _mask(name, pruned.shape, problem, record), lost)
+    for span, axis in walk.spans_of(block, group):
+        name = f"{stage.parent}.{span.linear}"
+        if axis == 0 and f"{name}.weight" in problem.weights:
+            rows = walk.span_entries(block, group, span, axis, walk.gone_units(record))
+            for part in ("weight", "bias"):
+                if f"{name}.{part}" in problem.weights:
+                    tensor = solved.tensors[f"{name}.{part}"] = problem.weights[f"{name}.{part}"].clone()
+                    tensor[rows] = 0
+            weight = solved.tensors[f"{name}.weight"]
+            solved.add(name, weight, _mask(name, as_matrix(weight).shape, problem, record), None)
     return solved
+
+
+def _within(span: range, columns: Tensor) -> range:
+    """The span counted in the columns that are left."""
+    start = int((columns < span.start).sum())
+    return range(start, start + int(((columns >= span.start) & (columns < span.stop)).sum()))
+
+
+def _mask(name: str, shape: torch.Size, problem: Problem, record: GroupRecord) -> Tensor:
+    """True where the matrix has a weight after those units and all that went before them."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    rows, columns = problem.kept.get(name) or map(torch.arange, shape)
+    mask[rows[:, None], columns] = True
+    rows, columns = walk.kept_entries(problem.denoiser, problem.spec, [record])[name]
+    new = torch.zeros(shape, dtype=torch.bool)
+    new[rows[:, None], columns] = True
+    return mask & new
 
 
 def units_to_keep(recipe: Recipe, kind: str, units: int) -> int:

@@ -1,6 +1,8 @@
 """The prune stage: load, then for each package collect, solve and save, then finish."""
 
 import contextlib
+import dataclasses
+import os
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,17 +16,17 @@ from obsdiff import checkpoint
 from obsdiff.checkpoint import CheckpointInfo
 from obsdiff.device import pick_device
 from obsdiff.errors import InputError, ObsdiffError
-from obsdiff.files import folder_hash
-from obsdiff.models import walk
-from obsdiff.models.source import Source, find_source, load_pipeline, quiet_libraries
+from obsdiff.models import known_families, size_of, walk
+from obsdiff.models.source import Source, load_pipeline, meta_denoiser, quiet_libraries
 from obsdiff.models.walk import Stage
 from obsdiff.progress import Progress
 from obsdiff.prune import calibration, memory, ranks, stream, targets, work
+from obsdiff.prune.base import assemble, find_base
 from obsdiff.prune.hessian import Hessians
-from obsdiff.prune.packages import by_block, cut
-from obsdiff.prune.recipe import PACKAGES, Recipe, make_recipe
+from obsdiff.prune.packages import apart
+from obsdiff.prune.plan import plan
+from obsdiff.prune.recipe import Recipe, make_recipe
 from obsdiff.prune.solve import Problem, Solved, solve_stage
-from obsdiff.prune.solvers.patterns import check_width
 from obsdiff.prune.survey import survey
 
 MODES = {
@@ -37,6 +39,7 @@ def prune(
     model: str | Path,
     out: str | Path,
     *,
+    config: str | Path | None = None,
     restart: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -44,41 +47,76 @@ def prune(
     """Prunes a diffusers pipeline's denoiser in one shot and writes a pruned checkpoint (a diffusers folder) to `out`.
 
     Options are the fields of `obsdiff.prune.recipe.Recipe`, plus `num_prompts`; `prompts` may be a file or a list.
+    MODEL may be a single-file checkpoint with `config`, a pipeline of its architecture; `lora` a list of PATH[:SCALE].
     Interrupted, the same call goes on after the last finished package. With `restart` what is there is discarded,
     if it is a pruned checkpoint. Returns what obsdiff.json holds.
     Raises InputError when the model, an option or `out` is wrong, and then nothing is changed.
     """
     progress = progress or Progress()
-    out = Path(out)
-    source = find_source(model)
+    out = Path(os.path.realpath(out))  # `..` and links as the system reads them: a linked OUT is replaced where it is
+    source, base = find_base(model, config)
     if (source.path / checkpoint.INFO).exists():
         raise InputError(f"{model} is pruned already: prune its base model")
     recipe = make_recipe(source, options)
     identity = {
-        "base": {"name": source.name, "sha256": folder_hash(source.path)},
+        "base": base,
         "recipe": recipe.model_dump(mode="json"),
     }
     pick_device(recipe.device)
+    refused = ""
+    if recipe.structured:
+        if not any(kind.groups for kind in source.spec.blocks):
+            raise InputError(
+                f"--pattern {recipe.pattern}: obsdiff does not know which weights of {source.spec.denoiser} make up a "
+                f"head or a neuron, as it does for {known_families()}"
+            )
+        refused = source.spec.heads_refused or walk.tied_heads(meta_denoiser(source), source.spec)
+    if refused and recipe.heads:
+        raise InputError(f"--heads {recipe.heads:g}: {source.spec.title} can lose none: {refused}")
     with ranks.joined(recipe.device), quiet_libraries():
         ranks.agree(identity, "model or recipe")
         if ranks.rank():
             progress = Progress()
-        folder = out.with_name(f"{out.name}.partial")
+        if (asked := options.get("num_prompts") or 0) > (there := len(recipe.prompts)):
+            progress.message(f"--num-prompts {asked}: there are {there}, and all of them are used")
+        if refused:
+            progress.message(f"neurons go and no heads: {refused}")
+        if variant := source.pipeline_variant:
+            progress.message(
+                f"{source.name}: the weights used are those of the variant {variant}, there are no plain ones"
+            )
+        packages = plan(source, recipe)
+        folder = out.parent / f"{out.name}.partial"
         done = ranks.from_first(None if ranks.rank() else _claim(out, folder, identity, restart))
         if isinstance(done, CheckpointInfo):
             progress.message(f"{out} is finished already")
             return done
         try:
-            packages = _prune_packages(source, recipe, folder, progress)
+            if config is not None or recipe.lora:
+                source = _assemble(source, config is not None, recipe, folder)
+            _prune_packages(source, recipe, packages, folder, progress)
         except InputError:
             if not ranks.rank():
                 work.abandon(folder)
             raise
-        finished = work.Finished(folder, range(packages))
+        finished = work.Finished(folder, range(len(packages)))
         info = None if ranks.rank() else work.finish(source, identity, finished, folder, out)
         result = ranks.from_first(info)
         assert result
         return result
+
+
+def _assemble(source: Source, config: bool, recipe: Recipe, folder: Path) -> Source:
+    """base.assemble on the first rank, for all; its refusal is everybody's."""
+    made: Source | InputError = dataclasses.replace(source, path=folder / "base")
+    if not ranks.rank():
+        try:
+            made = assemble(source, config, recipe.lora, folder / "base")
+        except InputError as error:
+            made = error
+    made = ranks.from_first(made)
+    assert isinstance(made, Source)
+    return made
 
 
 def _claim(out: Path, folder: Path, identity: Mapping[str, Any], restart: bool) -> CheckpointInfo | ObsdiffError | None:
@@ -89,45 +127,29 @@ def _claim(out: Path, folder: Path, identity: Mapping[str, Any], restart: bool) 
         return error
 
 
-def _plan(denoiser: nn.Module, source: Source, recipe: Recipe) -> list[list[Stage]]:
-    """The packages, in the order they are solved, after a look at every weight and every width that they touch."""
-    for name, parameter in denoiser.named_parameters():
-        if not parameter.isfinite().all():
-            raise InputError(f"{source.name}: {name} holds NaN or infinity")
-    kinds = [
-        stages_of(denoiser, source.spec, recipe.blocks, recipe.include, recipe.exclude)
-        for stages_of, wanted in ((walk.group_stages, recipe.structured), (walk.linear_stages, recipe.layer_pattern))
-        if wanted
-    ]
-    for name in (name for kind in kinds for stage in kind for shared in stage.linears for name in shared):
-        width = walk.linear(denoiser, name).in_features
-        try:
-            if recipe.layer_pattern:
-                check_width(recipe.layer_pattern, width)
-        except ValueError as error:
-            raise InputError(f"{name}: {error}; leave such layers out with --exclude") from None
-    if recipe.calibration == "stream":
-        return sorted((package for kind in kinds for package in by_block(kind)), key=lambda package: package[0].block)
-    return [package for kind in kinds for package in cut(kind, recipe.packages or PACKAGES)]
-
-
-def _prune_packages(source: Source, recipe: Recipe, folder: Path, progress: Progress) -> int:
+def _prune_packages(
+    source: Source, recipe: Recipe, packages: Sequence[Sequence[Stage]], folder: Path, progress: Progress
+) -> None:
     """Solves package after package, each saved when it is done and taken from disk when it was done before.
 
-    One stage's tensors are held beside the model and the Hessians of a package. Returns how many packages there are.
+    One stage's tensors are held beside the model and the Hessians of a package.
     """
     stored = checkpoint.denoiser_weights(source.denoiser_path)
     device = ranks.local_device(recipe.device)
     pipe = load_pipeline(source, getattr(torch, recipe.dtype))
     denoiser = pipe.components[source.spec.component]
-    packages = _plan(denoiser, source, recipe)
+    for name, parameter in denoiser.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"{source.name}: {name} holds NaN or infinity")
     done = ranks.from_first({k for k in range(len(packages)) if work.package_folder(folder, k).exists()})
-    memory.check(memory.predict(denoiser, source.spec, packages, recipe, _tokens(source, recipe)), device, recipe)
+    tokens, shapes = tokens_of_call(source, recipe), memory.input_shapes(source, packages, recipe)
+    need = memory.predict(denoiser, source.spec, packages, recipe, tokens, shapes)
+    memory.check(need, device, recipe, bool(source.spec.carried))
     calibrate, cost = MODES[recipe.calibration]
     solves = sum(len(package) for k, package in enumerate(packages) if k not in done)
     with progress.task("encoding prompts", solves + cost(denoiser, source.spec, packages, done, recipe)):
         batches = calibration.encode_prompts(pipe, source.spec, recipe, device)
-        sampler = calibration.sampler_of(pipe, "cpu" if recipe.offload else device)
+        sampler = calibration.sampler_of(pipe, "cpu" if recipe.offload else device, bool(source.spec.arguments))
         run = calibration.Calibration(sampler, denoiser, source.spec, batches, recipe, device, folder, progress.advance)
         amounts = _allocate(run, packages, stored, progress)
         for k, hessians in calibrate(run, packages, done):
@@ -137,14 +159,14 @@ def _prune_packages(source: Source, recipe: Recipe, folder: Path, progress: Prog
             else:
                 ranks.add_up(hessian for parts in hessians.values() for hessian in parts)
                 _solve_package(run, stored, amounts, packages, k, hessians)
-    return len(packages)
 
 
-def _tokens(source: Source, recipe: Recipe) -> int:
-    """Tokens of one calibration call: image and prompt, twice with guidance."""
-    step = source.vae_scale * int(source.config[source.spec.patch])
+def tokens_of_call(source: Source, recipe: Recipe) -> int:
+    """Tokens of one calibration call: image and prompt, for each pass that guidance adds."""
+    step = source.vae_scale * size_of(source.spec.patch, source.config)
     image = (recipe.height // step) * (recipe.width // step)
-    return recipe.batch_size * (2 if recipe.guidance_scale > 1 else 1) * (image + source.prompt_tokens)
+    passes = source.spec.passes if recipe.guidance_scale > source.spec.guided_above else 1
+    return recipe.batch_size * passes * (image + source.prompt_tokens)
 
 
 def _allocate(
@@ -181,29 +203,34 @@ def _solve_package(
 ) -> None:
     """Solves the package's stages, each on one rank, and puts them into every rank's denoiser and on disk."""
     earlier = work.Finished(run.folder, range(k))
-    weights: Mapping[str, Tensor] = ChainMap(earlier.tensors, stored)  # type: ignore[arg-type]
-    kept = walk.kept_entries(run.denoiser, run.spec, earlier.groups)
-    problem = Problem(run.denoiser, run.spec, run.recipe, weights, kept, amounts)
+    fresh: dict[str, Tensor] = {}  # of this package, where a later stage of it goes on with them
+    weights: Mapping[str, Tensor] = ChainMap(fresh, earlier.tensors, stored)  # type: ignore[arg-type]
+    groups = list(earlier.groups)
 
     def solve(stage: Stage) -> Solved | ObsdiffError:
+        kept = walk.kept_entries(run.denoiser, run.spec, groups)
         try:
-            return solve_stage(stage, hessians, problem)
+            return solve_stage(stage, hessians, Problem(run.denoiser, run.spec, run.recipe, weights, kept, amounts))
         except ObsdiffError as error:
             return error
 
     saving = contextlib.nullcontext(lambda index, solved: None) if ranks.rank() else work.package(run.folder, k)
     with saving as save:
-        for start in range(0, len(packages[k]), ranks.count()):
-            together = packages[k][start : start + ranks.count()]
+        index = 0
+        for together in apart(packages[k], ranks.count()):
             mine = solve(together[ranks.rank()]) if ranks.rank() < len(together) else None
-            for index, (stage, solved) in enumerate(zip(together, ranks.share_all(mine), strict=False), start):
+            for stage, solved in zip(together, ranks.share_all(mine), strict=False):
                 if isinstance(solved, ObsdiffError):
                     raise solved
                 assert solved
                 _apply(run.denoiser, solved.tensors)
                 save(index, solved)
+                index += 1
                 worst = max(layer.error for layer in solved.layers if layer.error is not None)
                 run.advance(1, f"package {k + 1}/{len(packages)}: solving {stage.name}, error {worst:.3f}")
+                again = {name for later in packages[k][index:] for name in later.touched}
+                fresh |= {name: t for name, t in solved.tensors.items() if name.rpartition(".")[0] in again}
+                groups += solved.groups
 
 
 def _apply(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ import copy
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -27,11 +26,13 @@ from obsdiff.prune.recipe import Recipe
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser in a trajectory: its prompts, its step's weight, and what all blocks get alike."""
+    """One call of the denoiser in a trajectory: its prompts, its step's weight, what all blocks get alike, and whether
+    it is the step's first, which is what work is counted in (0 or 1)."""
 
     prompts: range
     alpha: float
     shared: Mapping[str, Any]
+    units: int = 1
 
 
 def stream_hessians(
@@ -62,14 +63,14 @@ def _walk_blocks(
     cache: ActivationCache,
     dense: ActivationCache | None,
 ) -> Iterator[tuple[int, Hessians | None]]:
-    blocks = walk.blocks_of(run.denoiser, run.spec)
+    blocks = [block.module for block in walk.blocks_of(run.denoiser, run.spec)]
     calls = _record(run, blocks[0], cache, len(blocks))
     if dense:
         for number in range(len(calls)):
             dense.put(number, cache.get(number))
     last = packages[-1][0].block
     for index, block in enumerate(blocks[: last + 1]):
-        note = f"block {index + 1}/{len(blocks)}"
+        note = f"block {index + 1}/{last + 1}"  # those after the last that is pruned are never run
         block.to(run.device)
         twin = copy.deepcopy(block) if dense else None
         for k, package in enumerate(packages):
@@ -80,7 +81,7 @@ def _walk_blocks(
             _carry(run, block, call, cache, number)
             if twin and dense:
                 _carry(run, twin, call, dense, number)
-            run.advance(1, f"{note}: carrying on")
+            run.advance(call.units, f"{note}: carrying on")
         if run.recipe.offload:
             block.to("cpu")
 
@@ -97,21 +98,28 @@ def stream_cost(
 def _record(run: Calibration, first: nn.Module, cache: ActivationCache, cost: int) -> list[Call]:
     """Runs the sampler once and keeps what the first block gets in every call: the carried tensors in the cache."""
     calls: list[Call] = []
-    state, seen, share = Collector(run, []), count(1), run.recipe.call_share
+    state, share = Collector(run, []), run.recipe.call_share
+    fresh, number = False, 0  # whether no call of this step was seen yet; how many steps were
+
+    def step_starts(_step: int) -> None:
+        nonlocal fresh
+        fresh = True
 
     def keep(_block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        run.advance(cost, "recording the dense trajectories")
-        number = next(seen)
-        if int(number * share) == int((number - 1) * share):  # every 1 / share-th call, whatever the share
+        nonlocal fresh, number
+        units, fresh = int(fresh), False  # of work: a step may call twice, with and without the prompt
+        number += units
+        run.advance(cost * units, "recording the dense trajectories")
+        if int(number * share) == int((number - 1) * share):  # every 1 / share-th step, whatever the share
             return
         named = dict(zip(inspect.signature(first.forward).parameters, args, strict=False)) | dict(kwargs)
         cache.put(len(calls), {name: named.pop(name) for name in run.spec.carried})
-        calls.append(Call(state.prompts, state.alpha, named))
+        calls.append(Call(state.prompts, state.alpha, named, units))
 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with whole_denoiser(run):
-            run_batches(run, state)
+            run_batches(run, state, step_starts)
     finally:
         handle.remove()
     return calls
@@ -129,9 +137,9 @@ def _collect(
 ) -> Hessians:
     """Runs the block on every call; its dense twin, where there is one, first and on the dense model's inputs."""
     collector = Collector(run, inputs_of(package))
-    prefix = f"{run.spec.blocks}.{package[0].block}."
+    prefix = f"{package[0].parent}."
 
-    def keep(names: tuple[str, ...]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def keep(names: tuple[str, ...]) -> Callable[[Any, tuple[Tensor, ...]], None]:
         return lambda _module, args: collector.dense.__setitem__(names, args[0])
 
     for names in collector.hessians if twin else ():
@@ -143,7 +151,7 @@ def _collect(
             if twin and dense:
                 _call(twin, call, dense.get(number))
             _call(block, call, cache.get(number))
-            run.advance(1, f"{note}: calibrating")
+            run.advance(call.units, f"{note}: calibrating")
     return collector.hessians
 
 
@@ -155,4 +163,5 @@ def _carry(run: Calibration, block: nn.Module, call: Call, cache: ActivationCach
 @torch.no_grad()
 def _call(block: nn.Module, call: Call, carried: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     device = next(block.parameters()).device
-    return block(**{name: tensor.to(device) for name, tensor in carried.items()}, **call.shared)
+    outputs = block(**{name: tensor.to(device) for name, tensor in carried.items()}, **call.shared)
+    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,6 +1,7 @@
 """What pruning each layer would do to the denoiser's output, measured on the dense model before anything is pruned."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.models import walk
+from obsdiff.models.layers import as_matrix, from_matrix
 from obsdiff.models.walk import Stage
 from obsdiff.prune import ranks
 from obsdiff.prune.calibration import Calibration, Collector, run_batches, sampler_hessians, whole_denoiser
 from obsdiff.prune.hessian import Hessians, mean
-from obsdiff.prune.packages import by_block
+from obsdiff.prune.packages import by_block, cut
+from obsdiff.prune.recipe import PACKAGES
 from obsdiff.prune.solvers import Unstructured, relative_error
 from obsdiff.prune.solvers.auto import sample_rows
 from obsdiff.prune.solvers.obs import obs
@@ -50,18 +53,20 @@ class Survey:
 
 
 def survey(run: Calibration, stages: Sequence[Stage], stored: Mapping[str, Tensor]) -> Survey:
-    """Measures every stage over a few prompts, block by block; in a stream where the family's blocks form one chain.
+    """Measures every stage over a few prompts; block by block in a stream where the family's blocks form one chain.
 
     A curve's shape is the layer's own OBS error over the amount; its height is what one measured amount did to the
     output of the whole denoiser on recorded calls.
     """
     recipe = run.recipe.model_copy(update={"solver": "obs", "target": "symmetric"})
-    packages = by_block(sorted(stages, key=lambda stage: stage.block))
+    ordered = sorted(stages, key=lambda stage: stage.block)
+    # Nothing is pruned between packages: where each costs a run of the sampler, the prune's few are as good.
+    packages = by_block(ordered) if run.spec.carried else cut(ordered, recipe.packages or PACKAGES)
     calibrate = stream_hessians if run.spec.carried else sampler_hessians
     batches = run.batches[: max(1, PROMPTS // recipe.batch_size)]
 
     def advance(_count: int, note: str) -> None:
-        run.advance(0, f"measuring what each layer is worth: {note}")  # not among the work that was promised
+        run.advance(0, f"measuring what each layer is worth, {note}")  # not among the work that was promised
 
     few = dataclasses.replace(run, batches=batches, recipe=recipe, advance=advance)
     probe = Probe(run)
@@ -87,8 +92,8 @@ class Probe:
         self._run, self._denoiser = run, run.denoiser
         kept: list[dict[str, Any]] = []
 
-        def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-            kept.append(kwargs)
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept.append(dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs)
 
         handle = run.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
         first = ranks.from_first(run.batches[:1])  # the same on every rank, one without prompts of its own included
@@ -104,19 +109,22 @@ class Probe:
     def _record(self, run: Calibration) -> None:
         """One more call, for what blocks are called with and how many tokens linears see."""
 
-        def keep_inputs(number: int) -> Callable[..., None]:
-            return lambda _module, _args, kwargs: self.block_inputs.__setitem__(number, kwargs)
+        def keep_inputs(number: int, block: nn.Module) -> Callable[..., None]:
+            names = inspect.signature(block.forward).parameters
+            return lambda _module, args, kwargs: self.block_inputs.__setitem__(
+                number, dict(zip(names, args, strict=False)) | kwargs
+            )
 
-        def keep_tokens(name: str) -> Callable[..., None]:
-            return lambda _module, args: self.tokens.__setitem__(name, args[0].shape[:-1].numel())
+        def keep_tokens(name: str, rows: int) -> Callable[..., None]:
+            return lambda _module, _args, output: self.tokens.__setitem__(name, output.numel() // rows)
 
         handles = [
-            block.register_forward_pre_hook(keep_inputs(number), with_kwargs=True)
-            for number, block in enumerate(walk.blocks_of(run.denoiser, run.spec))
+            block.module.register_forward_pre_hook(keep_inputs(block.number, block.module), with_kwargs=True)
+            for block in walk.blocks_of(run.denoiser, run.spec)
         ]
         for name, module in run.denoiser.named_modules():
-            if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_pre_hook(keep_tokens(name)))
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                handles.append(module.register_forward_hook(keep_tokens(name, len(module.weight))))
         with whole_denoiser(run):
             self.call(run.denoiser)()
         for handle in handles:
@@ -147,23 +155,28 @@ class Probe:
     @torch.no_grad()
     def _outputs(self) -> list[Tensor]:
         with whole_denoiser(self._run):
-            return [self._denoiser(**{**call, "return_dict": False})[0].float() for call in self._calls]
+            outputs = [self._denoiser(**{**call, "return_dict": False})[0] for call in self._calls]
+        return [torch.stack(list(output)).float() for output in outputs]  # a tensor, or a list of one for each picture
 
 
 def _linear_curves(
     stage: Stage, hessians: Hessians, stored: Mapping[str, Tensor], run: Calibration, probe: Probe
 ) -> dict[str, Curve]:
     sparsity = run.recipe.sparsity or 0.5
-    grid = [sparsity + STEP * k for k in range(-9, 10) if 0.05 <= sparsity + STEP * k <= 0.95]
+    low, high = min(0.05, sparsity), max(0.95, sparsity)
+    grid = [s for k in range(-9, 10) if low <= (s := sparsity + STEP * k) <= high]
     curves = {}
     for shared in stage.linears:
         hessian = mean(hessians[shared]).hessian
         for name in shared:
-            weight = stored[f"{name}.weight"].to(hessian.device).float()
+            own = stored[f"{name}.weight"].to(hessian.device).float()
+            weight = as_matrix(own)
             part = sample_rows(weight)
             errors = [relative_error(part, obs(part, hessian, Unstructured(s))[0], hessian) ** 2 for s in grid]
             pruned = obs(weight, hessian, Unstructured(sparsity))[0]
-            height = probe.error({f"{name}.weight": pruned}) / max(relative_error(weight, pruned, hessian) ** 2, 1e-12)
+            height = probe.error({f"{name}.weight": from_matrix(pruned, own.shape)}) / max(
+                relative_error(weight, pruned, hessian) ** 2, 1e-12
+            )
             curves[name] = [(s, error * height) for s, error in zip(grid, errors, strict=True)]
     return curves
 
@@ -173,23 +186,32 @@ def _outliers(stage: Stage, hessians: Hessians, stored: Mapping[str, Tensor]) ->
     for shared in stage.linears:
         norms = mean(hessians[shared]).hessian.diagonal().clamp(min=0).sqrt()
         for name in shared:
-            score = stored[f"{name}.weight"].to(norms.device).float().abs() * norms
+            score = as_matrix(stored[f"{name}.weight"]).to(norms.device).float().abs() * norms
             found[name] = (score > 5 * score.mean()).float().mean().item()
     return found
+
+
+def fewest_units(units: int) -> int:
+    """Where a group's curve ends, and with it what an allocation may take: no group does without a quarter."""
+    return max(1, units // 4)
 
 
 def _group_curve(
     stage: Stage, hessians: Hessians, stored: Mapping[str, Tensor], run: Calibration, probe: Probe
 ) -> Curve:
     assert stage.group
-    units = walk.unit_count(run.denoiser, run.spec, stage.block, stage.group)
+    block = run.denoiser.get_submodule(stage.parent)
+    units, spans = walk.unit_count(block, stage.group), walk.reader_spans(block, stage.group)
     readers = [shared[0] for shared in stage.linears]
     means = [mean(hessians[shared]).hessian for shared in stage.linears]
-    weights = [stored[f"{name}.weight"].to(means[0].device) for name in readers]
-    path = remove_obs(weights, means, units, max(1, units // 4)).losses
+    own = [stored[f"{name}.weight"].to(means[0].device) for name in readers]
+    weights = [as_matrix(weight) for weight in own]
+    path = remove_obs(weights, means, units, fewest_units(units), spans=spans).losses
     if not path:
         return [(float(units), 0.0)]
     middle = len(path) // 2
-    pruned = remove_obs(weights, means, units, units - middle - 1).weights
-    height = probe.error({f"{n}.weight": w for n, w in zip(readers, pruned, strict=True)}) / max(path[middle], 1e-12)
+    pruned = remove_obs(weights, means, units, units - middle - 1, spans=spans).weights
+    changed = zip(readers, pruned, own, strict=True)
+    error = probe.error({f"{name}.weight": from_matrix(new, old.shape) for name, new, old in changed})
+    height = error / max(path[middle], 1e-12)
     return [(float(units), 0.0), *((float(units - k), height * lost) for k, lost in enumerate(path, 1))]

@@ -1,15 +1,23 @@
 """How long a block takes at each width, on the device at hand: what `--target-speedup` trades error against."""
 
+import contextlib
 import copy
+import hashlib
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from obsdiff.models import GroupRecord, ModelSpec, walk
-from obsdiff.models.shrink import shrink
+from obsdiff.errors import InputError
+from obsdiff.files import read_json, write_json
+from obsdiff.models import ModelSpec, walk
+from obsdiff.models.shrink import shrink_block
 from obsdiff.models.walk import Stage
 
 RUNS = 15
@@ -46,23 +54,61 @@ def time_groups(
 ) -> dict[str, dict[int, float]]:
     """Milliseconds of the whole block by stage name and units left in that one group, all others at full width.
 
-    Blocks of one shape are measured once. `block_inputs` are recorded keyword arguments by block.
+    Blocks of one shape are measured once. `block_inputs` are recorded keyword arguments by block. What a width gains
+    is kept in `cache_file()` for later prunes on this device: then only the full width is measured again, since a
+    machine's speed drifts and a block's ratios do not.
     """
-    tables: dict[Any, dict[int, float]] = {}
+    tables: dict[str, dict[int, float]] = {}
+    kept = _read_cache()
     found = {}
     for stage in stages:
         assert stage.group
-        units = walk.unit_count(denoiser, spec, stage.block, stage.group)
-        block = walk.blocks_of(denoiser, spec)[stage.block]
-        shape = (stage.group.name, *((name, tuple(p.shape)) for name, p in block.named_parameters()))
-        if shape not in tables:
+        block = walk.blocks_of(denoiser, spec)[stage.block].module
+        units = walk.unit_count(block, stage.group)
+        inputs = block_inputs[stage.block]
+        key = _key(block, stage, inputs)
+        if key not in tables:
             widths = sorted({max(1, round(units * share)) for share in SHARES}, reverse=True)
-            blocks = [_narrowed(denoiser, spec, stage, units, width) for width in widths]
-            inputs = block_inputs[stage.block]
-            times = timer([_caller(block, inputs) for block in blocks])
-            tables[shape] = dict(zip(widths, times, strict=True))
-        found[stage.name] = tables[shape]
+            ratios = kept[key] if key in kept and kept[key].keys() == set(widths) else {}
+            measured = [width for width in widths if not ratios or width == units]
+            blocks = [_narrowed(block, stage, width) for width in measured]
+            times = dict(zip(measured, timer([_caller(block, inputs) for block in blocks]), strict=True))
+            tables[key] = {width: times[units] * ratios[width] for width in ratios} or times
+            kept[key] = {width: time / times[units] for width, time in tables[key].items()}
+        found[stage.name] = tables[key]
+    _write_cache(kept)
     return found
+
+
+def cache_file() -> Path:
+    """Where block timings are kept: OBSDIFF_CACHE, or the user's cache folder."""
+    folder = os.environ.get("OBSDIFF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "obsdiff"
+    return Path(folder).expanduser() / "latency.json"
+
+
+def _key(block: nn.Module, stage: Stage, inputs: Mapping[str, Any]) -> str:
+    """What a block's timings hang on: the device, torch, and every shape and dtype."""
+    assert stage.group
+    first = next(block.parameters())
+    device = torch.cuda.get_device_name(first.device) if first.is_cuda else f"{platform.machine()} cpu"
+    parts = [stage.group.name, type(block).__name__, device, torch.__version__, str(torch.get_num_threads())]
+    parts += [f"{name} {p.dtype} {tuple(p.shape)}" for name, p in block.named_parameters()]
+    parts += [f"{name} {tuple(v.shape)}" for name, v in sorted(inputs.items()) if isinstance(v, torch.Tensor)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read_cache() -> dict[str, dict[int, float]]:
+    """Ratios to the full width, by key and width; nothing from a file that is missing or damaged."""
+    try:
+        return TypeAdapter(dict[str, dict[int, float]]).validate_python(read_json(cache_file()))
+    except (InputError, ValidationError):
+        return {}
+
+
+def _write_cache(kept: Mapping[str, Mapping[int, float]]) -> None:
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs a measurement the next time
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache_file(), kept)
 
 
 def interpolate(table: Mapping[int, float], units: int) -> float:
@@ -83,11 +129,9 @@ def _caller(block: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Any]:
     return call
 
 
-def _narrowed(denoiser: nn.Module, spec: ModelSpec, stage: Stage, units: int, width: int) -> nn.Module:
+def _narrowed(block: nn.Module, stage: Stage, width: int) -> nn.Module:
     """A copy of the stage's block with the first `width` units of its group."""
     assert stage.group
-    lone = nn.Module()
-    setattr(lone, spec.blocks, nn.ModuleList([copy.deepcopy(walk.blocks_of(denoiser, spec)[stage.block])]))
-    record = GroupRecord(block=0, name=stage.group.name, kind=stage.group.kind, kept=list(range(width)), of=units)
-    shrink(lone, spec, [record])
-    return walk.blocks_of(lone, spec)[0]
+    narrow = copy.deepcopy(block)
+    shrink_block(narrow, stage.group, list(range(width)))
+    return narrow

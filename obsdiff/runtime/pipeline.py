@@ -1,10 +1,13 @@
 """A bundle, a checkpoint or a model as a diffusers pipeline that is ready to draw."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -12,10 +15,10 @@ from torch import Tensor
 
 from obsdiff.device import pick_device
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import CONFIG, Manifest, open_bundle
+from obsdiff.export.bundle import CONFIG, Manifest, open_bundle, read_manifest
 from obsdiff.files import read_json
-from obsdiff.models import find_spec
-from obsdiff.models.source import MANIFEST, Source, find_source, load_pipeline
+from obsdiff.models import size_of
+from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_pipeline
 from obsdiff.runtime.backends import Denoise, choose_backend, load_backend
 
 if TYPE_CHECKING:
@@ -27,8 +30,12 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
 
     def __init__(self, denoise: Denoise, manifest: Manifest, config: Mapping[str, Any], device: str, dtype: Any):
         super().__init__()
-        self.register_to_config(**config)
-        self._denoise, self._manifest = denoise, manifest
+        model = getattr(diffusers, manifest.denoiser)
+        self.register_to_config(**{**_default_config(model), **config})
+        self._denoise, self._manifest, self._spec = denoise, manifest, manifest.spec
+        self._argument_names = list(inspect.signature(model.forward).parameters)[1:]
+        for path, size in self._spec.attributes.items():
+            _set_attribute(self, path, size_of(size, config))
         self._device, self._dtype = torch.device(device), dtype
 
     @property
@@ -41,25 +48,64 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
         return self._dtype
 
     @contextlib.contextmanager
-    def cache_context(self, _name: str) -> Iterator[None]:
+    def cache_context(self, _name: str, **_state: Any) -> Iterator[None]:
         yield
 
-    def forward(self, return_dict: bool = True, **inputs: Any) -> Any:
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """The denoiser's own call. Raises InputError for a size outside the bundle's range and for unknown inputs."""
+        inputs = self._named(args, kwargs)
         tensors: dict[str, Tensor] = {}
         sizes: dict[str, int] = {}
         for entry in self._manifest.inputs:
             if (value := inputs.pop(entry.name, None)) is None:
                 raise InputError(f"the engine needs the input {entry.name}")
+            if value.ndim == 0 and entry.axes == ("batch",):  # one timestep for all
+                value = value.expand(sizes["batch"])
             _check_shape(entry.name, entry.axes, value, self._manifest)
             for axis, size in zip(entry.axes, value.shape, strict=True):
                 if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
                     raise InputError(f"{entry.name} has shape {list(value.shape)}: its {axis} should be {sizes[axis]}")
             tensors[entry.name] = value.to(getattr(torch, entry.dtype))
-        if extra := sorted(name for name, value in inputs.items() if value is not None):
+        if extra := sorted(name for name, value in inputs.items() if value is not None and value != {}):
             raise InputError(f"the engine has no input {', '.join(extra)}: use the diffusers pipeline for that")
         sample = self._denoise(**tensors).to(self._dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the denoiser's call by the names of the graph's inputs."""
+        names = self._argument_names
+        named = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if self._spec.feeds:
+            named = self._spec.feeds(self, named)
+        for holder in {entry.inside for entry in self._spec.inputs if entry.inside}:
+            named |= named.pop(holder, None) or {}
+        return named
+
+
+def _default_config(model: type) -> dict[str, Any]:
+    """What a denoiser's class takes for what its config.json leaves out, as those of the first diffusers do."""
+    parameters = inspect.signature(model.__init__).parameters.values()  # type: ignore[misc]
+    return {entry.name: entry.default for entry in parameters if entry.default is not entry.empty}
+
+
+def _refuse_loras(pipe: Any, path: str | Path, why: str) -> None:
+    """Makes pipe.load_lora_weights say what to do instead: diffusers' own words would be about a missing attribute."""
+
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise InputError(f"{path} takes no LoRA: {why}; fuse it first, with obsdiff prune --lora PATH[:SCALE]")
+
+    pipe.load_lora_weights = refuse
+
+
+def _set_attribute(owner: Any, path: str, value: int) -> None:
+    """Sets owner.a.b.c where a and b are made up on the way: a pipeline may read a width off a module."""
+    *parents, last = path.split(".")
+    for name in parents:
+        if not hasattr(owner, name):
+            setattr(owner, name, SimpleNamespace())
+        owner = getattr(owner, name)
+    setattr(owner, last, value)
 
 
 def _check_shape(name: str, axes: Sequence[str | int], value: Tensor, manifest: Manifest) -> None:
@@ -70,18 +116,27 @@ def _check_shape(name: str, axes: Sequence[str | int], value: Tensor, manifest: 
             if size != axis:
                 raise InputError(f"{name} has shape {list(value.shape)}: {size} should be {axis}")
         elif not manifest.axes[axis].allows(size):
-            raise InputError(_say_range(axis, size, manifest))
+            raise InputError(_outside(axis, size * manifest.scale(axis), manifest))
 
 
-def _say_range(axis: str, size: int, manifest: Manifest) -> str:
-    allowed = manifest.axes[axis]
-    scale = manifest.vae_scale if axis in ("height", "width") else 1
-    unit = {"batch": "denoiser inputs (two an image with guidance)", "tokens": "prompt tokens"}.get(axis, "pixels")
-    step = f" in steps of {allowed.multiple * scale}" if allowed.multiple * scale > 1 else ""
-    return (
-        f"{axis} {size * scale} is outside what the bundle was exported for: "
-        f"{allowed.min * scale} to {allowed.max * scale} {unit}{step}"
-    )
+def _outside(axis: str, size: int, manifest: Manifest) -> str:
+    return f"{axis} {size} is outside what the bundle was exported for: {manifest.say_range(axis)}"
+
+
+def check_sides(path: str | Path, sides: Mapping[str, Any]) -> None:
+    """Raises InputError for a `height` or `width` (pixels, None: not given) that a bundle at `path` cannot draw.
+
+    Before anything is loaded: the pipelines' own words come late and tell neither range nor step.
+    """
+    if not (Path(path) / MANIFEST).exists():
+        return
+    manifest = read_manifest(Path(path))
+    for axis in ("height", "width"):
+        size, scale = sides.get(axis), manifest.vae_scale
+        if size is not None and axis not in manifest.axes:
+            raise InputError(f"{axis} {size}: this model draws pictures of one size: leave the option out")
+        if size is not None and (size % scale or not manifest.axes[axis].allows(size // scale)):
+            raise InputError(_outside(axis, size, manifest))
 
 
 def load(
@@ -97,7 +152,10 @@ def load(
     if not (Path(path) / MANIFEST).exists():
         if backend not in ("auto", "torch"):
             raise InputError(f"{path} is not a bundle, so it runs on the torch backend: export it first")
-        return load_pipeline(find_source(path), _dtype("fp16", device)).to(device)
+        pipe = load_pipeline(find_source(path), _dtype("fp16", device)).to(device)
+        if (Path(path) / INFO).exists():
+            _refuse_loras(pipe, path, "it is pruned, and a LoRA would fill its zeros again")
+        return pipe
     folder = Path(path)
     manifest = manifest or open_bundle(folder)
     source = bundle_source(folder, manifest)
@@ -107,6 +165,7 @@ def load(
     engine = EngineDenoiser(denoise, manifest, source.config, device, dtype)
     pipe = load_pipeline(source, dtype, **{manifest.component: engine})
     pipe.obsdiff_backend = name
+    _refuse_loras(pipe, path, "the weights of a bundle are fixed")
     return pipe.to(device)
 
 
@@ -124,7 +183,7 @@ def bundle_source(folder: Path, manifest: Manifest) -> Source:
         name=str(folder),
         path=folder,
         index=index,
-        spec=find_spec(manifest.denoiser),
+        spec=manifest.spec,
         config={k: v for k, v in config.items() if not k.startswith("_")},
         defaults=read_json(defaults) if defaults.exists() else {},
     )

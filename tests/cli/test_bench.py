@@ -5,11 +5,41 @@ from typing import Any
 import pytest
 
 from cli import assert_sentence, call
+from obsdiff.measure import latency
 
 from .conftest import Journey
 
 ONCE = ("--runs", 2, "--warmup", 0, "--steps", 2, "--device", "cpu")
 STAGES = {"text_encoding", "denoising_loop", "denoiser_call", "decode"}
+
+
+def measured(*backends: str) -> dict[str, Any]:
+    """What a bench of as many paths returns, made up."""
+    times = dict.fromkeys(("median_ms", "p90_ms", "p99_ms", "images_per_second", "peak_memory_bytes"), 1.0)
+    row = {"path": "x", "stages_ms": dict.fromkeys(STAGES, 1.0), **times}
+    return {"environment": {}, "settings": {}, "results": [{**row, "backend": backend} for backend in backends]}
+
+
+@pytest.mark.parametrize("json", [False, True])
+@pytest.mark.parametrize(
+    ("backends", "note"),
+    [
+        (
+            ("torch", "onnxruntime", "torch"),
+            "the speed-up mixes backends (torch, onnxruntime): export the dense model too",
+        ),
+        (("onnxruntime", "onnxruntime"), ""),
+        (("torch",), ""),
+    ],
+    ids=str,
+)
+def test_a_speed_up_between_backends_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, backends: tuple[str, ...], note: str, json: bool
+) -> None:
+    monkeypatch.setattr(latency, "bench", lambda *given, **options: measured(*backends))
+    result = call("bench", *("x" for _ in backends), *(["--json"] if json else []))
+    assert (result.code, result.err.strip()) == (0, note)
+    assert note not in result.out or not note
 
 
 @pytest.fixture(scope="module")

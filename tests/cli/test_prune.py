@@ -1,6 +1,7 @@
 """obsdiff prune: what it prints, what it saves, and what is left when it is stopped."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,61 @@ def test_another_recipe_needs_restart_and_then_replaces(one_block_sd3: Path, tmp
     assert info
     assert info.recipe["pattern"] == "1:4"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_it_says_how_many_units_stay_and_whether_the_target_was_reached(one_block_sd3: Path, tmp_path: Path) -> None:
+    quick = ("--num-prompts", 2, "--steps", 1, "--packages", 1, "--device", "cpu", "--blocks", ":")
+    for number, (options, row) in enumerate(
+        [
+            (("--target-size", 0.9), r"parameters that stay +\d\d\.\d% of the denoiser's, 90\.0% asked"),
+            (("--pattern", "structured"), r"their work that goes +3\d\.\d% of the MACs, 30\.0% asked"),
+            (("--pattern", "structured", "--heads", 0.5), r"zeros in them"),
+        ]
+    ):
+        result = call("prune", one_block_sd3, tmp_path / f"{number}", *quick, *options)
+        assert result.code == 0, result.err
+        assert re.search(row, result.out)
+        info = read_info(tmp_path / f"{number}")
+        assert info
+        heads = next(group for group in info.groups if group.kind == "heads")
+        neurons = [group for group in info.groups if group.kind == "neurons"]
+        kept, of = (sum(counts) for counts in ([len(g.kept) for g in neurons], [g.of for g in neurons]))
+        assert re.search(
+            f"heads and neurons that stay +{len(heads.kept)} of {heads.of} heads, {kept} of {of} neurons", result.out
+        )
+        assert ("asked" in result.out) == bool(info.allocation)
+
+
+def test_a_path_with_dots_is_the_folder_that_it_leads_to(one_block_sd3: Path, tmp_path: Path) -> None:
+    assert call("prune", one_block_sd3, tmp_path / "nothing" / ".." / "out", *QUICKEST).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    again = call("prune", one_block_sd3, tmp_path / "other" / ".." / "out", *QUICKEST)
+    assert "finished already" in again.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_goes_on_leading_to_the_checkpoint(one_block_sd3: Path, tmp_path: Path) -> None:
+    """Big checkpoints live on another disk: what is there is replaced there, through a link that leads nowhere too."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    for options in ((), ("--pattern", "1:4", "--restart")):
+        assert call("prune", one_block_sd3, tmp_path / "out", *QUICKEST, *options).code == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"disk", "out"}
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+        assert (tmp_path / "out").is_symlink()
+    info = read_info(tmp_path / "disk" / "out")
+    assert info
+    assert info.recipe["pattern"] == "1:4"
+
+
+def test_fewer_prompts_than_asked_for_are_told(one_block_sd3: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red bag\na blue coat\n")
+    rest = ("--solver", "magnitude", "--steps", 1, "--device", "cpu", "--prompts", tmp_path / "prompts.txt")
+    asked = call("prune", one_block_sd3, tmp_path / "out", *rest, "--num-prompts", 100000)
+    assert "--num-prompts 100000: there are 2, and all of them are used" in asked.err.splitlines()
+    for number, options in enumerate(((), ("--num-prompts", 2), ("--num-prompts", 1))):
+        result = call("prune", one_block_sd3, tmp_path / f"{number}", *rest, *options)
+        assert (result.code, "--num-prompts" in result.err) == (0, False)
 
 
 def test_a_checkpoint_cannot_be_pruned_again(journey: Journey, tmp_path: Path) -> None:

@@ -96,8 +96,9 @@ def test_models_and_checkpoints_draw_too(journey: Journey, tmp_path: Path, kind:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--height", 4096), ("height 4096", "pixels")),
-        (("--width", 36), ("36",)),
+        (("--height", 4096), ("height 4096", "16 to 48 pixels in steps of 8")),
+        (("--height", 20), ("height 20", "16 to 48 pixels in steps of 8")),
+        (("--width", 36), ("width 36", "16 to 48 pixels in steps of 8")),
         (("--backend", "abacus"), ("abacus", "onnxruntime")),
         (("--device", "cpu:x"), ("cpu:x",)),
         (("--device", "tpu"), ("tpu",)),
@@ -109,6 +110,17 @@ def test_what_the_bundle_cannot_do_is_one_sentence(
 ) -> None:
     result = call("run", journey.bundle, PROMPT, "--out", tmp_path / "new" / "x.png", "--steps", 1, *options)
     assert_sentence(result, 2, *words)
+    assert not tree(tmp_path)
+
+
+@pytest.mark.parametrize("options", [("--height", 1000), ("--width", 20), ("--out", "z.jpg")], ids=str)
+def test_what_the_names_and_numbers_show_is_refused_before_anything_is_loaded(
+    journey: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[Any, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("run", journey.bundle, PROMPT, *options)
+    assert_sentence(result, 2)
+    assert "loading" not in result.err
     assert not tree(tmp_path)
 
 

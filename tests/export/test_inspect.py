@@ -102,7 +102,9 @@ def test_a_bundle_says_its_ranges_and_checks(bundles: dict[str, Path]) -> None:
     about = inspect(bundles["structured"])["about"]
     assert about["kind"] == "bundle"
     assert (about["base"], about["pattern"], about["precision"]) == ("fashion", "structured", "fp32")
-    assert (about["batch"], about["height"], about["tokens"]) == ("1 to 16", "4 to 12 in steps of 2", "1 to 589")
+    assert about["batch"] == "1 to 16 denoiser inputs (two an image with guidance)"
+    assert about["height"] == about["width"] == "16 to 48 pixels in steps of 8"
+    assert about["tokens"] == "1 to 589 prompt tokens"
     assert float(about["onnx against PyTorch"]) < 1e-4
     files = open_bundle(bundles["structured"]).files
     assert (about["files"], about["bytes of all files"]) == (len(files), sum(file.bytes for file in files.values()))

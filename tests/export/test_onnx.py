@@ -1,5 +1,6 @@
 """The ONNX graph: the same function as PyTorch at shapes that it was not traced at, or no graph at all."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from obsdiff.export.stage import export, make_axes
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import Source, find_source, load_denoiser
-from obsdiff.models.walk import random_inputs
+from obsdiff.models.graph import random_inputs
 from obsdiff.runtime.backends import load_backend
 from obsdiff.runtime.pipeline import load
 
@@ -245,10 +246,31 @@ class Untraceable(nn.Module):
 
 
 def test_what_cannot_be_traced_says_why_in_one_line(one_block: tuple[nn.Module, Source], tmp_path: Path) -> None:
-    with pytest.raises(ObsdiffError, match=r"the denoiser could not be traced to ONNX: .+") as caught:
-        trace(Untraceable(), one_block[1], tmp_path / "model.onnx")
+    denoiser, source = one_block
+    spec, axes = dataclasses.replace(SD3, graph=lambda _: Untraceable()), make_axes(source, "1:1:8", None)
+    with pytest.raises(ObsdiffError, match=r"the denoiser could not be traced to ONNX: .*(symbolic|data-dep)") as caught:
+        onnx.export_onnx(denoiser, spec, source.config, axes, tmp_path / "model.onnx")
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "model.onnx").exists()
+
+
+class Fixing(nn.Module):
+    """Makes a Python number of the batch, which tracing takes for a constant and says nothing."""
+
+    def __init__(self, denoiser: nn.Module):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, ...]:
+        return (self.denoiser(**inputs)[0] / len(inputs["hidden_states"]),)
+
+
+def test_an_axis_that_tracing_fixes_is_named(one_block: tuple[nn.Module, Source], tmp_path: Path) -> None:
+    denoiser, source = one_block
+    spec, axes = dataclasses.replace(SD3, graph=Fixing), make_axes(source, "1:1:8", None)
+    with pytest.raises(ObsdiffError, match=r"tracing fixed batch of the input hidden_states at 2"):
+        onnx.export_onnx(denoiser, spec, source.config, axes, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_graph_is_refused(one_block: tuple[nn.Module, Source], tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def test_a_bench_of_nothing_is_refused(graphless: Path, options: dict[str, Any])
         ({"backend": "onnxruntime"}, "has no ONNX graph"),
         ({"device": "cuda:99"}, "--device cuda:99"),
         ({"batch_size": 9}, "batch 18 is outside"),
-        ({"height": 200}, "height 200 is outside"),
+        ({"height": 200}, "height 200 is outside .*: 16 to 48 pixels in steps of 8"),
+        ({"width": 20}, "width 20 is outside .*: 16 to 48 pixels in steps of 8"),
     ],
     ids=str,
 )

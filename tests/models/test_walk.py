@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from obsdiff.errors import InputError
-from obsdiff.models import walk
+from obsdiff.models import graph, walk
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.source import Source, find_source, load_denoiser, meta_denoiser
 
@@ -112,7 +112,9 @@ def test_a_quantised_or_adapted_layer_is_named(source: Source) -> None:
 
 
 def test_units_are_counted_where_the_block_keeps_them(denoiser: nn.Module) -> None:
-    counts = {group.name: walk.unit_count(denoiser, SD3, 0, group) for group in SD3.groups}
+    counts = {
+        group.name: walk.unit_count(walk.blocks_of(denoiser, SD3)[0].module, group) for group in SD3.blocks[0].groups
+    }
     assert counts == {"attn": 4, "attn2": 4, "ff": 128, "ff_context": 128}
 
 
@@ -128,7 +130,7 @@ def test_the_entries_of_units_are_those_of_a_reshaped_axis(
 
 def test_random_inputs_have_the_shapes_and_depend_on_the_seed_alone(source: Source) -> None:
     axes = {"batch": 3, "height": 6, "width": 10, "tokens": 7}
-    first, again, other = (walk.random_inputs(SD3, source.config, axes, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (graph.random_inputs(SD3, source.config, axes, seed=seed) for seed in (1, 1, 2))
     assert list(first) == [entry.name for entry in SD3.inputs]
     assert first["hidden_states"].shape == (3, source.config["in_channels"], 6, 10)
     assert first["encoder_hidden_states"].shape == (3, 7, source.config["joint_attention_dim"])
@@ -139,7 +141,7 @@ def test_random_inputs_have_the_shapes_and_depend_on_the_seed_alone(source: Sour
 
 
 def test_the_timestep_stays_float32_at_any_precision(source: Source) -> None:
-    inputs = walk.random_inputs(SD3, source.config, {"batch": 1, "height": 8, "width": 8, "tokens": 2}, torch.bfloat16)
+    inputs = graph.random_inputs(SD3, source.config, {"batch": 1, "height": 8, "width": 8, "tokens": 2}, torch.bfloat16)
     assert inputs.pop("timestep").dtype == torch.float32
     assert {value.dtype for value in inputs.values()} == {torch.bfloat16}
 
@@ -147,10 +149,10 @@ def test_the_timestep_stays_float32_at_any_precision(source: Source) -> None:
 @torch.no_grad()
 def test_the_denoiser_as_a_function_of_tensors_is_the_denoiser(denoiser: nn.Module, source: Source) -> None:
     axes = {"batch": 2, "height": 8, "width": 4, "tokens": 5}
-    inputs = walk.random_inputs(SD3, source.config, axes)
-    found = walk.TensorDenoiser(denoiser, SD3)(*inputs.values())
+    inputs = graph.random_inputs(SD3, source.config, axes)
+    found = graph.TensorDenoiser(denoiser, SD3)(*inputs.values())
     assert torch.equal(found, denoiser(**inputs).sample)
-    assert found.shape == walk.shape_of(SD3.output, source.config, axes)
+    assert found.shape == graph.shape_of(SD3.output, source.config, axes)
 
 
 @pytest.mark.parametrize(
@@ -180,5 +182,5 @@ def test_macs_are_those_of_a_formula_by_hand(source: Source, axes: dict[str, int
         if dual:
             total += 4 * pixels * width**2 + 2 * pixels**2 * width
     total += 2 * width**2 + pixels * width * patch**2 * config["out_channels"]  # the output
-    found = walk.count_macs(meta_denoiser(source), SD3, config, axes)
+    found = graph.count_macs(meta_denoiser(source), SD3, config, axes)
     assert found == axes["batch"] * total

@@ -100,6 +100,12 @@ def test_a_budget_that_cannot_be_reached_says_what_can() -> None:
     assert totals(list(allocate(curves, 12).values())) == (12, 3)
 
 
+def test_a_budget_that_is_the_floor_but_for_round_off_is_met() -> None:
+    curves = {name: [Level(0, 1, 0), Level(0.7, 0.3, 1)] for name in "abc"}
+    assert sum(0.3 for _ in "abc") > 0.3 * 3 - 1e-16
+    assert {level.cost for level in allocate(curves, 0.9 - 1e-15).values()} == {0.3}
+
+
 @properties
 @given(
     st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.floats(0, 0.3), min_size=1, max_size=8),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from obsdiff.models.graph import TensorDenoiser, random_inputs
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.source import find_source, load_denoiser, load_pipeline
-from obsdiff.models.walk import Stage, TensorDenoiser, linear_stages, random_inputs
+from obsdiff.models.walk import Stage, linear_stages
 from obsdiff.prune.calibration import (
     Calibration,
     Collector,

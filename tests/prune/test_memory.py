@@ -75,6 +75,26 @@ def test_it_falls_with_more_packages_with_a_stream_and_with_offload(need: Need) 
     assert need(packages=None, calibration="stream", dtype="bfloat16")["weights"] == stream["weights"] / 2
 
 
+def test_the_asymmetric_target_holds_a_dense_twin_of_a_block(need: Need) -> None:
+    stream = {"packages": None, "calibration": "stream"}
+    source = find_source("fashion")
+    largest = max(
+        sum(p.numel() for p in block.module.parameters())
+        for block in walk.blocks_of(meta_denoiser(source), source.spec)
+    )
+    assert need(**stream, target="asymmetric")["weights"] == need(**stream)["weights"] + 4 * largest
+
+
+def test_recorded_activations_count_up_to_the_limit_of_the_cache(need: Need) -> None:
+    stream = {"packages": None, "calibration": "stream", "num_prompts": 8, "batch_size": 4, "steps": 3}
+    assert need(num_prompts=8)["caches"] == 0
+    found = need(**stream)["caches"]
+    assert found == 2 * 3 * 1000 * 128 * 4  # calls, tokens, width, bytes
+    assert need(**stream, call_share=0.5)["caches"] == found / 2
+    assert need(**stream, target="asymmetric")["caches"] == 2 * found
+    assert need(**stream, cache_gb=0.001)["caches"] == 1e6
+
+
 def with_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
 
@@ -129,7 +149,7 @@ def test_a_prune_that_cannot_fit_is_refused_before_it_samples(
 
 def test_more_prompts_in_a_batch_need_more(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    monkeypatch.setattr("obsdiff.prune.memory.check", lambda need, device, recipe: found.append(need))
+    monkeypatch.setattr("obsdiff.prune.memory.check", lambda need, *_: found.append(need))
     for batch_size, guidance in ((1, 4.0), (4, 4.0), (4, 1.0)):
         options = {**QUICK, "batch_size": batch_size, "guidance_scale": guidance, "steps": 1, "packages": 1}
         prune(tiny_sd3, tmp_path / f"{batch_size}-{guidance}", **options)

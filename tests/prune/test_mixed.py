@@ -11,9 +11,9 @@ from obsdiff.checkpoint import CheckpointInfo, read_info, read_masks, verify
 from obsdiff.errors import InputError
 from obsdiff.export.inspect import inspect
 from obsdiff.models import walk
+from obsdiff.models.graph import TensorDenoiser, random_inputs
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import find_source, load_denoiser
-from obsdiff.models.walk import TensorDenoiser, random_inputs
 from obsdiff.prune.solvers import NM, is_nm
 from obsdiff.prune.stage import prune
 
@@ -134,7 +134,7 @@ def test_widths_are_rounded_as_asked(tiny_sd3: Path, tmp_path: Path, round_to: i
         ({"pattern": "structured+4:2"}, "N of N:M must be at least 1 and smaller than M"),
         ({"pattern": "structured+"}, r"'' is no N:M pattern such as 2:4 \(or write unstructured"),
         ({"pattern": "structured+2:5"}, "the input dimension 32 is not a multiple of 5"),
-        ({"solver": "alps"}, "structured pruning knows the solvers auto, obs and magnitude"),
+        ({"solver": "alps"}, "structured pruning knows auto, obs and magnitude"),
         ({"allocation": "error", "heads": None, "neurons": None}, "N:M is the same everywhere"),
         ({"round_to": 6}, "is not a multiple of 4, so 2:4 does not fit"),
     ],
@@ -143,3 +143,4 @@ def test_widths_are_rounded_as_asked(tiny_sd3: Path, tmp_path: Path, round_to: i
 def test_what_does_not_fit_is_refused(tiny_sd3: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         prune(tiny_sd3, tmp_path / "out", **{**MIXED, **options})
+    assert not list(tmp_path.iterdir()), "refused before anything began"

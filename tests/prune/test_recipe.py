@@ -74,26 +74,26 @@ def test_every_solver_can_be_asked_for(fashion: Source, solver: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"pattern": p, "sparsity": s}, r"sparsity must lie between 0 and 1 \(both excluded\)")
+        *(({"pattern": p, "sparsity": s}, r"^--sparsity must lie between 0 and 1 \(both excluded\)")
           for p in ("2:4", "unstructured", "structured") for s in (0, 1, -0.5, 1.5, math.nan)),
-        ({"pattern": "2:4", "sparsity": 0.6}, "2:4 is a sparsity of 0.5, not 0.6"),
-        ({"pattern": "4:4"}, "pattern: 4:4: N of N:M must be at least 1 and smaller than M"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "^--pattern 2:4 is a sparsity of 0.5, not --sparsity 0.6"),
+        ({"pattern": "4:4"}, "^--pattern: 4:4: N of N:M must be at least 1 and smaller than M"),
         ({"pattern": "5:4"}, "pattern: 5:4: N of N:M"),
         ({"pattern": "0:4"}, "pattern: 0:4: N of N:M"),
         ({"pattern": "blocks"}, r"pattern: 'blocks' is no N:M pattern such as 2:4 \(or write unstructured, structured"),
-        ({"pattern": "structured", "solver": "wanda"}, "structured pruning knows the solvers"),
-        ({"solver": "best"}, "solver: Input should be .*'obs'.*'wanda'.*'magnitude'"),
-        ({"timestep_weighting": "cosine"}, "timestep-weighting: Input should be .*'log-decrease'"),
-        *(({"pattern": p, name: value}, f"{name} is an option of --pattern structured")
+        ({"pattern": "structured", "solver": "wanda"}, "^--solver wanda: structured pruning knows auto, obs"),
+        ({"solver": "best"}, "^--solver: Input should be .*'obs'.*'wanda'.*'magnitude'"),
+        ({"timestep_weighting": "cosine"}, "^--timestep-weighting: Input should be .*'log-decrease'"),
+        *(({"pattern": p, name: value}, f"^--{name.replace('_', '-')} is an option of --pattern structured")
           for p in ("2:4", "unstructured") for name, value in (("heads", 0.2), ("neurons", 0.2), ("round_to", 8))),
         *(({"pattern": "structured", name: value}, name)
           for name in ("heads", "neurons") for value in (-0.1, 1, math.nan)),
         ({"pattern": "structured", "round_to": 0}, "round-to"),
         ({"solver": "obs", "damping": 0}, "damping"),
         ({"solver": "obs", "damping": math.nan}, "damping"),
-        ({"solver": "magnitude", "damping": 0.1}, "damping is an option of"),
-        *(({name: value}, name.replace("_", "-")) for name in ("steps", "height", "width", "batch_size", "packages")
-          for value in (0, -3, 2.5, "many")),
+        ({"solver": "magnitude", "damping": 0.1}, "^--damping is an option of --solver obs and alps, not of magnitude"),
+        *(({name: value}, f"^--{name.replace('_', '-')}: ")
+          for name in ("steps", "height", "width", "batch_size", "packages") for value in (0, -3, 2.5, "many")),
         ({"guidance_scale": -1}, "guidance-scale"),
         ({"guidance_scale": math.nan}, "guidance-scale"),
         ({"guidance_scale": math.inf}, "guidance-scale"),
@@ -102,9 +102,10 @@ def test_every_solver_can_be_asked_for(fashion: Source, solver: str) -> None:
         ({"seed": 2**64}, "seed"),
         ({"dtype": "float64"}, "dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
         ({"num_prompts": 0}, "--num-prompts must be at least 1, not 0"),
-        ({"prompts": []}, "prompts"),
-        ({"prompts": [1, 2]}, "prompts"),
-        ({"speed": 2}, "speed: no such option"),
+        ({"prompts": []}, "^--prompts: "),
+        ({"solver": "auto", "num_prompts": 1}, "^--solver auto holds half of the prompts out"),
+        ({"prompts": [1, 2]}, "^--prompts: Input should be a valid string; "),
+        ({"speed": 2}, "^--speed: no such option"),
     ],
     ids=str,
 )  # fmt: skip
@@ -114,8 +115,16 @@ def test_a_wrong_option_is_refused_by_name(fashion: Source, options: dict[str, A
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("target", ["target_size", "target_speedup"])
+def test_a_target_is_met_by_measured_errors_whatever_the_solver(fashion: Source, target: str) -> None:
+    for solver in ("auto", "obs", "magnitude"):
+        recipe = make(fashion, solver=solver, **{target: 0.8 if target == "target_size" else 1.3})
+        assert (recipe.pattern, recipe.allocation) == ("structured", "error")
+    assert make(fashion, solver="magnitude", pattern="structured").allocation == "uniform"
+
+
 def test_every_wrong_option_is_named_at_once(fashion: Source) -> None:
-    with pytest.raises(InputError, match=r"steps: .*; .*batch-size: .*; .*speed: no such option"):
+    with pytest.raises(InputError, match=r"--steps: .*; --batch-size: .*; --speed: no such option"):
         make(fashion, steps=0, batch_size=0, speed=2)
 
 

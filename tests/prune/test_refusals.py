@@ -16,6 +16,7 @@ from obsdiff.prune.stage import prune
 
 from .folders import changed_model, hashes
 from .options import QUICK
+from .runs import Interrupting
 
 LAYER = "transformer_blocks.1.ff.net.2"
 
@@ -88,6 +89,33 @@ def test_an_option_that_does_not_fit_is_refused(
         prune(tiny_sd3, out, **{**QUICK, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "2:4", "allocation": "error"}, "^--allocation error is for --pattern unstructured and structured"),
+        ({"pattern": "structured", "allocation": "owl"}, "^--allocation owl is for --pattern unstructured"),
+        ({"target_size": 0.5, "target_speedup": 2}, "give one of --sparsity, --target-size and --target-speedup"),
+        ({"target_size": 0.5, "sparsity": 0.5}, "give one of --sparsity, --target-size and --target-speedup"),
+        ({"target_size": 0.5, "pattern": "2:4"}, "^--target-size needs --pattern structured, not 2:4"),
+        ({"target_speedup": 2, "allocation": "uniform"}, "^--target-speedup needs --allocation error, not uniform"),
+        ({"target_speedup": 0.9}, "^--target-speedup: Input should be greater than 1"),
+        ({"target_size": 1.5}, "^--target-size: Input should be less than 1"),
+        ({"target_size": 0.5, "heads": 0.5}, "^--heads is a share for --allocation uniform: --target-size chooses"),
+        (
+            {"pattern": "structured", "neurons": 0.5, "allocation": "error"},
+            "^--neurons is a share .* --allocation error",
+        ),
+        ({"calibration": "stream", "packages": None, "offload": True, "target_speedup": 2}, "measured with --offload"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused(
+    tiny_sd3: Path, out: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        prune(tiny_sd3, out, **{**QUICK, **options})
+
+
 def test_a_gpu_that_is_not_there_is_refused(tiny_sd3: Path, out: Path) -> None:
     with pytest.raises(InputError, match="--device cuda:99: torch cannot use it here"):
         prune(tiny_sd3, out, **{**QUICK, "device": "cuda:99"})
@@ -96,9 +124,9 @@ def test_a_gpu_that_is_not_there_is_refused(tiny_sd3: Path, out: Path) -> None:
 def test_an_unknown_family_is_refused_and_the_known_ones_are_listed(tiny_sd3: Path, tmp_path: Path, out: Path) -> None:
     model = shutil.copytree(tiny_sd3, tmp_path / "other")
     index = json.loads((model / "model_index.json").read_text())
-    index["transformer"] = ["diffusers", "WanTransformer3DModel"]
+    index["transformer"] = ["diffusers", "PixelMagic2DModel"]
     (model / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="WanTransformer3DModel is of a family that obsdiff does not know") as caught:
+    with pytest.raises(InputError, match="PixelMagic2DModel is of a family that obsdiff does not know") as caught:
         prune(model, out, **QUICK)
     assert all(f"{name} ({spec.title})" in str(caught.value) for name, spec in FAMILIES.items())
 
@@ -170,6 +198,39 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny_sd3: Path, checkpoint: Pat
     (checkpoint / "obsdiff.json").write_text('{"schema_version": 99}')
     with pytest.raises(InputError, match=r"schema version 99, newer than this obsdiff reads: upgrade obsdiff"):
         prune(tiny_sd3, checkpoint, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": "7:"}, "--blocks 7: selects none of the 3 blocks"),
+        ({"include": "nothing"}, "no linear matches --include 'nothing'"),
+        ({"exclude": "("}, "--include/--exclude: not a regular expression"),
+        ({"pattern": "2:5"}, "the input dimension 32 is not a multiple of 5"),
+        ({"seed": 1}, "left from a prune with another recipe"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_told_before_what_an_earlier_prune_left(
+    tiny_sd3: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prune(tiny_sd3, tmp_path / "out", progress=Interrupting(8), **QUICK)
+    before = hashes(tmp_path)
+    with pytest.raises(InputError, match=message):
+        prune(tiny_sd3, tmp_path / "out", **{**QUICK, **options})
+    assert hashes(tmp_path) == before
+
+
+@pytest.mark.parametrize("config", [{"num_layers": "many"}, {"patch_size": 0}], ids=str)
+def test_a_config_that_is_not_of_its_class_is_refused(
+    tiny_sd3: Path, tmp_path: Path, out: Path, config: dict[str, Any]
+) -> None:
+    model = shutil.copytree(tiny_sd3, tmp_path / "model")
+    path = model / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(InputError, match=r"config\.json"):
+        prune(model, out, **QUICK)
 
 
 @pytest.mark.parametrize("restart", [False, True])

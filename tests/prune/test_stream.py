@@ -130,7 +130,7 @@ def test_blocks_that_are_called_by_position_work_too(tiny_sd3: Path, tmp_path: P
     run, positions = make_run(tiny_sd3, tmp_path, calibration="stream", solver="obs"), []
     wanted = streamed(run)
     for block in walk.blocks_of(run.denoiser, run.spec):
-        block.register_forward_pre_hook(by_position, with_kwargs=True)
+        block.module.register_forward_pre_hook(by_position, with_kwargs=True)
     found = streamed(run)
     assert min(positions) >= 3
     assert all(torch.equal(found[names][0], wanted[names][0]) for names in wanted)
@@ -146,11 +146,11 @@ def test_a_family_whose_blocks_form_no_chain_is_refused(tiny_sd3: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packages": 2}, "packages is an option of --calibration sampler: in a stream every block is one"),
-        ({"calibration": "sampler", "call_share": 0.5}, "call_share is an option of --calibration stream"),
-        ({"calibration": "sampler", "target": "asymmetric"}, "target asymmetric needs --calibration stream"),
-        ({"target": "asymmetric", "pattern": "structured"}, "a pattern with a mask for each weight"),
-        ({"cache_gb": -1}, "cache-gb: Input should be greater than or equal to 0"),
+        ({"packages": 2}, "^--packages is an option of --calibration sampler: in a stream every block is one"),
+        ({"calibration": "sampler", "call_share": 0.5}, "^--call-share is an option of --calibration stream"),
+        ({"calibration": "sampler", "target": "asymmetric"}, "^--target asymmetric needs --calibration stream"),
+        ({"target": "asymmetric", "pattern": "structured"}, "a --pattern other than structured"),
+        ({"cache_gb": -1}, "^--cache-gb: Input should be greater than or equal to 0"),
     ],
     ids=str,
 )
@@ -208,6 +208,15 @@ def test_the_display_is_told_of_all_the_work_and_of_every_block(tiny_sd3: Path, 
     assert progress.done == progress.total > 0
     for block in (1, 2, 3):
         assert any(note.startswith(f"block {block}/3: calibrating") for note in progress.notes)
+
+
+def test_blocks_are_counted_up_to_the_last_that_is_pruned(tiny_sd3: Path, tmp_path: Path) -> None:
+    progress = Noting()
+    options = {"pattern": "structured", "blocks": "1:-1", "solver": "auto", "calibration": "stream"}
+    prune(tiny_sd3, tmp_path / "out", progress=progress, **{**STREAM, **options})
+    counted = {note.rsplit("block ")[-1] for note in progress.notes if "block " in note and "solving" not in note}
+    assert counted == {"1/2: carrying on", "2/2: calibrating"}
+    assert "measuring what each layer is worth, block 2/2: calibrating" in progress.notes
 
 
 def test_its_errors_are_about_those_of_the_sampler_run_once_a_block(tiny_sd3: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_groups_start_whole_and_without_an_error(tiny_sd3: Path, tmp_path: Path)
     curves = surveyed(run).curves
     for stage in walk.group_stages(run.denoiser, run.spec):
         assert stage.group
-        units = walk.unit_count(run.denoiser, run.spec, stage.block, stage.group)
+        units = walk.unit_count(run.denoiser.get_submodule(stage.parent), stage.group)
         curve = curves[stage.name]
         assert curve[0] == (units, 0)
         assert [amount for amount, _ in curve] == list(range(units, max(1, units // 4) - 1, -1))

@@ -1,5 +1,6 @@
 """Timing: what is measured, how often and in which order; the numbers themselves are the machine's."""
 
+import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from obsdiff.models import walk
 from obsdiff.models.source import find_source, load_denoiser
 from obsdiff.prune.calibration import Collector, run_batches
 from obsdiff.prune.survey import Probe
-from obsdiff.prune.timing import SHARES, interleaved, interpolate, time_groups
+from obsdiff.prune.timing import SHARES, cache_file, interleaved, interpolate, time_groups
 
 from .runs import make_run
 
@@ -79,7 +80,7 @@ def test_blocks_of_one_shape_are_measured_once(tiny_sd3: Path, tmp_path: Path) -
     assert [p.shape for p in run.denoiser.parameters()] == sizes, "the denoiser itself stays as it is"
     for stage in stages:
         assert stage.group
-        units = walk.unit_count(run.denoiser, run.spec, stage.block, stage.group)
+        units = walk.unit_count(run.denoiser.get_submodule(stage.parent), stage.group)
         assert tables[stage.name] == {round(units * share): 4.0 - k for k, share in enumerate(SHARES)}
 
 
@@ -90,11 +91,45 @@ def test_the_embedded_models_blocks_have_few_shapes(tmp_path: Path) -> None:
     timer = Counted()
     time_groups(run.denoiser, run.spec, stages, Probe(run).block_inputs, timer)
     shapes = {
-        (s.group.name, *(p.shape for p in walk.blocks_of(denoiser, run.spec)[s.block].parameters()))
+        (s.group.name, *(p.shape for p in walk.blocks_of(denoiser, run.spec)[s.block].module.parameters()))
         for s in stages
         if s.group
     }
     assert len(timer.measured) == len(shapes) < len(stages)
+
+
+def test_what_a_width_gains_is_measured_once_a_device(
+    tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OBSDIFF_CACHE", str(tmp_path / "cache"))
+    run = make_run(tiny_sd3, tmp_path, pattern="structured", blocks=":")
+    stages, inputs = walk.group_stages(run.denoiser, run.spec), Probe(run).block_inputs
+    first = time_groups(run.denoiser, run.spec, stages, inputs, Counted())
+    again = Counted()
+    second = time_groups(run.denoiser, run.spec, stages, inputs, lambda functions: [8 * t for t in again(functions)])
+    assert again.measured == [1] * len(stages), "the full width alone"
+    for name, table in second.items():
+        assert table == pytest.approx(
+            {width: time * 8 / max(first[name].values()) for width, time in first[name].items()}
+        )
+    with_other_inputs = {k: {**v, "hidden_states": v["hidden_states"][:, :2]} for k, v in inputs.items()}
+    other = Counted()
+    time_groups(run.denoiser, run.spec, stages, with_other_inputs, other)
+    assert other.measured == [4] * len(stages), "fewer tokens are another question"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": {"x": 1}}'])
+def test_a_damaged_latency_cache_is_measured_anew(
+    tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setenv("OBSDIFF_CACHE", str(tmp_path))
+    cache_file().write_text(content)
+    run = make_run(tiny_sd3, tmp_path, pattern="structured", blocks="0:1")
+    timer = Counted()
+    stages = walk.group_stages(run.denoiser, run.spec, "0:1")
+    time_groups(run.denoiser, run.spec, stages, Probe(run).block_inputs, timer)
+    assert timer.measured == [4] * len(stages)
+    assert len(json.loads(cache_file().read_text())) == len(stages)
 
 
 def test_a_probe_feels_a_change_and_puts_it_back(tiny_sd3: Path, tmp_path: Path) -> None:
@@ -106,7 +141,7 @@ def test_a_probe_feels_a_change_and_puts_it_back(tiny_sd3: Path, tmp_path: Path)
     half, none = (probe.error({name: before[name] * share}) for share in (0.5, 0.0))
     assert 0 < half < none < 1.5
     assert all(torch.equal(tensor, before[key]) for key, tensor in run.denoiser.state_dict().items())
-    linears = {key for key, module in run.denoiser.named_modules() if isinstance(module, nn.Linear)}
+    linears = {key for key, module in run.denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     assert probe.tokens.keys() <= linears
     assert probe.tokens["transformer_blocks.1.attn.to_q"] > probe.tokens["transformer_blocks.1.attn.add_q_proj"] > 0
     assert probe.block_inputs.keys() == {0, 1, 2}

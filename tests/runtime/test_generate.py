@@ -125,6 +125,14 @@ def test_a_name_is_a_file_or_a_folder(out: str, count: int, names: list[str]) ->
     assert output_paths(Path(out), count) == [Path(name) for name in names]
 
 
+@pytest.mark.parametrize("name", ["z.jpg", "z.JPEG", "a/z.webp", "z.gif", "z.bmp", "z.tif", "z.tiff"])
+def test_pictures_of_another_kind_are_refused(name: str) -> None:
+    wanted = str(Path(name).with_suffix(".png"))
+    with pytest.raises(InputError, match=f"--out {name}: pictures are written as PNG; name it {wanted}, or a folder"):
+        output_paths(Path(name), 1)
+    assert output_paths(Path(".jpg"), 1) == [Path(".jpg/0.png")]
+
+
 def test_defaults_that_are_no_object_are_refused(pipe: Any, tmp_path: Path) -> None:
     assert call_options(pipe, tmp_path, {"height": 16}) == {"height": 16}
     for value in ([1], "x", None):

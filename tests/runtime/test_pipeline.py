@@ -12,7 +12,7 @@ from obsdiff.errors import InputError
 from obsdiff.export.bundle import open_bundle
 from obsdiff.export.stage import export
 from obsdiff.runtime.generate import call_options, generate
-from obsdiff.runtime.pipeline import load
+from obsdiff.runtime.pipeline import check_sides, load
 
 PROMPTS = ["a photo of a red ankle boot", "teal trousers", "a yellow dress"]
 SEEDS = [3, 1, 2]
@@ -138,8 +138,12 @@ def test_the_denoiser_can_be_called_as_the_diffusers_one(pipes: dict[str, Any]) 
         transformer(**{**inputs, "timestep": None})
     with pytest.raises(InputError, match=r"hidden_states has shape \[1, 4, 8, 8\]: 4 should be 8"):
         transformer(**{**inputs, "hidden_states": torch.randn(1, 4, 8, 8)})
-    with pytest.raises(InputError, match=r"timestep has 0 axes, the engine wants 1"):
-        transformer(**{**inputs, "timestep": torch.tensor(500)})
+    assert torch.equal(transformer(**{**inputs, "timestep": torch.tensor(500)}).sample, sample)
+    named = [inputs.pop(name) for name in ("hidden_states", "encoder_hidden_states")]
+    assert torch.equal(transformer(*named, **inputs).sample, sample)
+    inputs |= {"hidden_states": named[0], "encoder_hidden_states": named[1]}
+    with pytest.raises(InputError, match=r"timestep has 2 axes, the engine wants 1"):
+        transformer(**{**inputs, "timestep": torch.tensor([[500]])})
     with pytest.raises(InputError, match=r"timestep has shape \[2\]: its batch should be 1"):
         transformer(**{**inputs, "timestep": torch.tensor([500.0, 500.0])})
 
@@ -193,3 +197,20 @@ def test_options_come_from_the_folder_and_then_from_the_caller(pipes: dict[str, 
     assert options == {**DIFFUSERS, "num_inference_steps": 20}
     assert call_options(pipe, "fashion") == options
     assert call_options(pipe, path, {"height": 16, "width": None, "no_such": 1}) == {**options, "height": 16}
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        ({"height": 56}, r"^height 56 is outside .*: 16 to 48 pixels in steps of 8$"),
+        ({"width": 8, "height": 32}, r"^width 8 is outside .*: 16 to 48 pixels in steps of 8$"),
+        ({"height": 20}, r"^height 20 is outside .*: 16 to 48 pixels in steps of 8$"),
+        ({"height": 33}, r"^height 33 is outside .*: 16 to 48 pixels in steps of 8$"),
+    ],
+    ids=str,
+)
+def test_sides_are_checked_before_anything_is_loaded(graphless: Path, sides: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_sides(graphless, sides)
+    check_sides(graphless, {"height": 48, "width": None, "guidance_scale": 1.0})
+    check_sides("fashion", sides)

@@ -25,19 +25,22 @@ def dsnot(
 
     mean float32 [in] is the (weighted) mean input. For an output with the expected error ε the pruned weight with the
     largest sign(ε) w E[x] / Var[x] comes back, and of the kept weights with sign(ε) w E[x] < 0 the one with the
-    smallest Wanda score goes (for N:M within the same group), for at most `cycles` swaps, while |ε| is above
-    `threshold` times its start and keeps its sign.
+    smallest Wanda score goes, for at most `cycles` swaps, while |ε| is above `threshold` times its start and keeps its
+    sign. For N:M both are of one group, so that only groups with a weight to give are looked at.
     """
     score, effect = _wanda_score(weight, hessian), weight * mean
     mask = _wanda_mask(score, pattern)
     variance = (hessian.diagonal() - mean.square()).clamp(min=1e-12)
     error = effect.masked_fill(mask, 0).sum(1, keepdim=True)
     sign, enough = error.sign(), threshold * error.abs()
-    groups = torch.arange(weight.shape[1], device=weight.device) // (pattern.m if isinstance(pattern, NM) else 1 << 62)
+    width = pattern.m if isinstance(pattern, NM) else weight.shape[1]
+    groups = torch.arange(weight.shape[1], device=weight.device) // width
     active = error != 0
     for _ in range(cycles):
-        grown = (sign * effect / variance).masked_fill(mask, -torch.inf).argmax(1, keepdim=True)
-        may_go = mask & (sign * effect < 0) & (groups == groups[grown])
+        may_go = mask & (sign * effect < 0)
+        gives = may_go.unflatten(1, (-1, width)).any(2).repeat_interleave(width, 1)
+        grown = (sign * effect / variance).masked_fill(mask | ~gives, -torch.inf).argmax(1, keepdim=True)
+        may_go &= groups == groups[grown]
         gone = score.masked_fill(~may_go, torch.inf).argmin(1, keepdim=True)
         after = error - effect.gather(1, grown) + effect.gather(1, gone)
         better = (after.sign() == sign) & (after.abs() < error.abs())

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from obsdiff.errors import InputError, ObsdiffError
+from obsdiff.errors import InputError, ObsdiffError, first_line
 from obsdiff.export.bundle import GRAPH, Manifest
 from obsdiff.runtime.backends import Denoise
 
@@ -32,7 +32,7 @@ def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
     try:
         session = onnxruntime.InferenceSession(str(bundle / GRAPH), options, providers=[provider])
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-        raise ObsdiffError(f"{bundle / GRAPH}: ONNX Runtime does not load it: {_first_line(error)}") from None
+        raise ObsdiffError(f"{bundle / GRAPH}: ONNX Runtime does not load it: {first_line(error)}") from None
     if session.get_providers()[0] != provider:  # it falls back to the CPU without a word
         raise ObsdiffError(f"ONNX Runtime could not start {provider} and would have used the CPU instead")
     (output,) = manifest.outputs
@@ -55,11 +55,8 @@ def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
-            raise ObsdiffError(f"{bundle / GRAPH}: ONNX Runtime does not run it: {_first_line(error)}") from None
+            raise ObsdiffError(f"{bundle / GRAPH}: ONNX Runtime does not run it: {first_line(error)}") from None
         return result
 
     return denoise
 
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

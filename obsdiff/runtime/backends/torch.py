@@ -9,7 +9,7 @@ from torch import Tensor
 from obsdiff.errors import InputError
 from obsdiff.export.bundle import CONFIG, WEIGHTS, Manifest
 from obsdiff.files import read_json
-from obsdiff.models import find_spec
+from obsdiff.models import graph
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import quiet_libraries
 from obsdiff.runtime.backends import Denoise
@@ -23,10 +23,11 @@ def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
     import diffusers
     from accelerate import init_empty_weights
 
-    spec = find_spec(manifest.denoiser)
+    spec = manifest.spec
     try:
         with quiet_libraries(), init_empty_weights(include_buffers=False):
-            denoiser = getattr(diffusers, spec.denoiser).from_config(read_json(bundle / CONFIG))
+            config = read_json(bundle / CONFIG)
+            denoiser = getattr(diffusers, spec.denoiser).from_config(config)
         shrink(denoiser, spec, manifest.groups)
         denoiser.load_state_dict(load_file(bundle / WEIGHTS), assign=True)
     except InputError:
@@ -34,10 +35,10 @@ def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
     except Exception as error:  # diffusers and safetensors each raise their own
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{bundle}: the denoiser's config and weights do not fit each other: {reason}") from None
-    denoiser.to(device).eval().requires_grad_(False)
+    call = graph.TensorDenoiser(denoiser.to(device).eval().requires_grad_(False), spec)
 
     @torch.no_grad()
     def denoise(**inputs: Tensor) -> Tensor:
-        return denoiser(**inputs, return_dict=False)[0]
+        return call(*(inputs[entry.name] for entry in call.entries))
 
     return denoise

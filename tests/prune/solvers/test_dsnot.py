@@ -85,6 +85,16 @@ def test_a_higher_threshold_changes_less() -> None:
     assert changed[0] > changed[1] > changed[2] == 0
 
 
+def test_a_row_goes_on_with_the_next_group_when_the_best_has_no_weight_to_give() -> None:
+    weight = torch.tensor([[4.0, 3.0, 1.0, 1.0, 4.0, -3.0, 1.5, 0.1]])
+    mean = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.5, 0.1])
+    hessian = torch.eye(8) + torch.diag(mean.square())
+    # 1 + 1 + 0.75 + 0.01 is lost. What would help most is in the first group, where both that stay work for the sum.
+    _, mask = dsnot(weight, hessian, NM(2, 4), mean, cycles=1)
+    assert mask[0, :4].tolist() == [True, True, False, False]
+    assert mask[0, 4:].tolist() == [True, False, True, False], "2.76 falls to 2.01 - 0.6"
+
+
 def test_one_swap_takes_what_helps_most_for_its_variance_and_gives_what_wanda_misses_least() -> None:
     weight = torch.tensor([[4.0, -3.0, 1.0, 0.5]])
     mean, variance = torch.tensor([1.0, 0.4, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.1])

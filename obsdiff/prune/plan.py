@@ -1,0 +1,51 @@
+"""What a prune will do, from the model's config and the recipe alone."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from obsdiff.errors import InputError
+from obsdiff.models import GroupRecord, layers, walk
+from obsdiff.models.source import Source, meta_denoiser
+from obsdiff.models.walk import Stage
+from obsdiff.prune import targets
+from obsdiff.prune.packages import by_block, cut
+from obsdiff.prune.recipe import PACKAGES, Recipe
+from obsdiff.prune.solve import units_to_keep
+from obsdiff.prune.solvers.patterns import check_width
+
+
+def plan(source: Source, recipe: Recipe) -> list[list[Stage]]:
+    """The packages, in the order they are solved.
+
+    Raises InputError for all that the model's config alone shows to be wrong, before anything is on disk or in memory.
+    """
+    denoiser = meta_denoiser(source)
+    choice = (recipe.blocks, recipe.include, recipe.exclude)
+    groups = walk.group_stages(denoiser, source.spec, *choice) if recipe.structured else []
+    linears = walk.linear_stages(denoiser, source.spec, *choice) if recipe.layer_pattern else []
+    if recipe.layer_pattern:
+        left = _columns_left(denoiser, source, groups, recipe) if linears and groups else {}
+        for name in (name for stage in linears for shared in stage.linears for name in shared):
+            layer = walk.linear(denoiser, name)
+            try:
+                check_width(recipe.layer_pattern, left.get(name, layers.width(layer)) // layers.taps(layer))
+            except ValueError as error:
+                raise InputError(f"{name}: {error}; leave such layers out with --exclude") from None
+    if recipe.target_size is not None:
+        targets.check_size(denoiser, groups, recipe)
+    kinds = [stages for stages in (groups, linears) if stages]
+    if recipe.calibration == "stream":
+        return sorted((package for kind in kinds for package in by_block(kind)), key=lambda package: package[0].block)
+    return [package for kind in kinds for package in cut(kind, recipe.packages or PACKAGES)]
+
+
+def _columns_left(denoiser: nn.Module, source: Source, stages: Sequence[Stage], recipe: Recipe) -> dict[str, int]:
+    """Columns by linear once the groups have lost the shares of a uniform allocation."""
+    records = []
+    for stage in stages:
+        assert stage.group
+        units, kind = walk.unit_count(denoiser.get_submodule(stage.parent), stage.group), stage.group.kind
+        kept = list(range(units_to_keep(recipe, kind, units)))
+        records.append(GroupRecord(block=stage.block, name=stage.group.name, kind=kind, kept=kept, of=units))
+    return {name: len(kept[1]) for name, kept in walk.kept_entries(denoiser, source.spec, records).items()}
