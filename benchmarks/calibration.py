@@ -4,11 +4,12 @@ Error: mean squared difference of the final latents to the dense model's for 32 
 seeds, over their variance. All linears (structured: all but the first and last block), 32 calibration prompts, 12
 steps, guidance 4, several calibration seeds. Times are of whole prunes, only to be compared with each other.
 
-    python benchmarks/calibration.py [solvers] [modes] [allocation] [--seeds 3]
+    python benchmarks/calibration.py [solvers] [modes] [allocation] [--only REGEX] [--seeds 3]
 """
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -72,12 +73,13 @@ def draw(path: str | Path) -> quality.Drawn:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--only", default="", help="rows whose name matches")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     reference = draw("fashion")
     for part in args.parts:
         print(f"{part}: latent error by calibration seed, mean, seconds of a prune")
-        for name, options in PARTS[part]:
+        for name, options in (row for row in PARTS[part] if re.search(args.only, row[0])):
             errors, seconds, note = [], [], ""
             for seed in range(args.seeds):
                 with tempfile.TemporaryDirectory() as folder:

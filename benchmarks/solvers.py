@@ -179,7 +179,7 @@ def block(prompts: int, steps: int) -> None:
     """A random SD3 of the medium's width, a joint block to prune and one behind it, 1024 image and 333 text tokens.
 
     Plain: for each of four packages the sampler runs again, every linear collects its own Hessian, OBS solves.
-    Ours: obsdiff.prune with ALPS, one recorded run and a pass over half of its calls. Same prompts, same noise;
+    Ours: obsdiff.prune with ALPS, one recorded run and a pass over a quarter of its calls. Same prompts, same noise;
     errors are those on the dense model's inputs for a prompt that neither saw.
     """
     from prune_memory import make_model
@@ -233,7 +233,7 @@ def block(prompts: int, steps: int) -> None:
         plain, plain_weights = time.perf_counter() - start, dict(run.denoiser.named_parameters())
 
         start = time.perf_counter()
-        prune(model, folder / "ours", pattern="2:4", solver="alps", calibration="stream", call_share=0.5, **options)
+        prune(model, folder / "ours", pattern="2:4", solver="alps", calibration="stream", call_share=0.25, **options)
         ours = time.perf_counter() - start
         pruned = denoiser_weights(folder / "ours" / "transformer")
 

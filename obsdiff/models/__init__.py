@@ -15,7 +15,7 @@ from obsdiff.models.wan import WAN
 from obsdiff.models.zimage import ZIMAGE
 
 FAMILIES: dict[str, ModelSpec] = {
-    spec.denoiser: spec for spec in (SD3, WAN, FLUX, FLUX2, UNET, QWENIMAGE, ZIMAGE, PIXART, DIT, SANA)
+    spec.denoiser: spec for spec in (SD3, FLUX, FLUX2, UNET, PIXART, DIT, SANA, QWENIMAGE, ZIMAGE, WAN)
 }
 
 __all__ = [
