@@ -4,21 +4,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from obsdiff.cli.options import Json
 from obsdiff.cli.show import print_json, print_table
 
 FILE = Path(str(files("obsdiff") / "data" / "families.json"))  # written by benchmarks/families.py from the tests
 COLUMNS = ["family", "denoiser", "pipelines", "patterns", "formats", "backends", "verified"]
-OTHERS = (
-    "Any other denoiser of diffusers built of Linear layers: unstructured and N:M, exported if its inputs are tensors."
-)
 SIZES = {"tiny": "tiny", "block": "one block", "whole": "whole"}
 
 
 def command(json: Json = False) -> None:
     """List the denoiser families that obsdiff knows, what each supports, and at which size that was verified.
+
+    Any other denoiser of diffusers built of Linear layers can be pruned unstructured and N:M, and exported if its
+    inputs are tensors.
 
     Tiny: a random pipeline of the real classes. One block: as wide as the real model's, with random weights.
 
@@ -27,7 +25,6 @@ def command(json: Json = False) -> None:
     if json:
         return print_json(rows())
     print_table(COLUMNS, [cells(row) for row in rows()])
-    typer.echo(OTHERS)
     return None
 
 

@@ -18,7 +18,8 @@ def command(
     pattern: Annotated[
         str | None,
         typer.Option(
-            help="unstructured, N:M (2:4 for sparse tensor cores), structured, or structured+N:M. [default: 2:4]"
+            help="unstructured, N:M (2:4 for sparse tensor cores), structured, or structured+N:M. "
+            "[default: 2:4; structured with --target-size and --target-speedup]"
         ),
     ] = None,
     sparsity: Annotated[

@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Draw pictures with a bundle.
 
-    Each PNG carries its prompt, seed, options and what drew it as text chunks.
+    Each PNG carries its prompt, seed, options and what drew it as text chunks. A file that is there is replaced.
 
     Example: obsdiff run bundle "a red ankle boot" "teal trousers" --out wardrobe.png --seed 7
     """

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -110,7 +111,7 @@ class ShownProgress(base.Progress):
 
     def _say(self, note: str) -> None:
         """Without a terminal: what is new about the step, up to its colon, and nothing twice."""
-        step = note.split(" error ")[0].rsplit(" transformer_blocks", 1)[0]
+        step = re.sub(r"(: solving) .*", r"\1", note)
         if not err.is_terminal and step != self._last:
             err.print(Text(step), soft_wrap=True)
             self._last = step

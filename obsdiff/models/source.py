@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from obsdiff.errors import InputError, first_line
 from obsdiff.files import read_json
 from obsdiff.models import ModelSpec, find_spec, size_of
-from obsdiff.models.weights import FULL_PRECISION, check_floating, lone_variant
+from obsdiff.models.weights import FULL_PRECISION, check_floating, check_whole, lone_variant
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -183,6 +183,7 @@ def _check_weights(source: Source) -> None:
                 f"{folder / unsafe[0]} is a pickle, which can run code when it is opened: refused. "
                 "Convert it to safetensors (diffusers: save_pretrained(..., safe_serialization=True))"
             )
+        check_whole(folder)
     if gguf := sorted(source.denoiser_path.glob("*.gguf")):
         raise InputError(_say_file(gguf[0]))
     if not list(source.denoiser_path.glob("*.safetensors")):

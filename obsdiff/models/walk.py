@@ -58,7 +58,8 @@ def parse_blocks(text: str, count: int) -> range:
         raise InputError(f"--blocks {text}: write A:B, for example 1:-1 for all but the first and the last")
     chosen = range(count)[slice(*(int(end) if end else None for end in match.groups()))]
     if not chosen:
-        raise InputError(f"--blocks {text} selects none of the {count} blocks")
+        hint = "; structured pruning leaves out the first and the last unless told otherwise" if text == "1:-1" else ""
+        raise InputError(f"--blocks {text} selects none of the {count} blocks{hint}: --blocks : takes all")
     return chosen
 
 

@@ -56,6 +56,16 @@ def make_plain(folder: Path) -> None:
         path.rename(folder / match.string.replace(f".{variant}", "", 1))
 
 
+def check_whole(folder: Path) -> None:
+    """Raises InputError that names the first .safetensors file of the folder that is cut off or something else."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is truncated or is not safetensors: {error}") from None
+
+
 def check_floating(*paths: Path) -> None:
     """Raises InputError when a weight in these files is stored as integers or in 8 or 4 bits: it was quantised.
 

@@ -188,7 +188,7 @@ def _allocate(
             allocation = ranks.from_first(targets.allocate_linears(found, sizes, recipe.allocation, recipe.sparsity))
         if not ranks.rank():
             work.write_allocation(run.folder, allocation)
-    if missed := targets.shortfall(allocation):
+    if missed := targets.shortfall(allocation, recipe):
         progress.message(missed)
     return allocation.amounts
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obsdiff.files import read_json, write_json
 from obsdiff.models import walk
 from obsdiff.models.layers import as_matrix, from_matrix
 from obsdiff.models.walk import Stage
@@ -28,6 +29,7 @@ Curve = list[tuple[float, float]]
 PROMPTS = 16  # enough for an order of the layers, a part of the calibration's cost
 CALLS = 4  # of the denoiser, spread over the steps, to feel each layer's weight in the output
 STEP = 0.1
+KEPT = "survey.json"  # in the prune's working folder: what was measured before an interruption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +72,15 @@ def survey(run: Calibration, stages: Sequence[Stage], stored: Mapping[str, Tenso
 
     few = dataclasses.replace(run, batches=batches, recipe=recipe, advance=advance)
     probe = Probe(run)
-    curves: dict[str, Curve] = {}
-    outliers: dict[str, float] = {}
-    for k, hessians in calibrate(few, packages, ()):
-        assert hessians
+    kept = run.folder / KEPT
+    found = ranks.from_first(read_json(kept) if kept.exists() else {"curves": {}, "outliers": {}})
+    curves: dict[str, Curve] = {name: [(x, y) for x, y in curve] for name, curve in found["curves"].items()}
+    outliers: dict[str, float] = found["outliers"]
+    measured = curves.keys() | outliers.keys()
+    done = {k for k, package in enumerate(packages) if _names(package) <= measured}
+    for k, hessians in calibrate(few, packages, done):
+        if hessians is None:
+            continue
         ranks.add_up(hessian for parts in hessians.values() for hessian in parts)
         for stage in packages[k]:
             if stage.group:
@@ -82,7 +89,14 @@ def survey(run: Calibration, stages: Sequence[Stage], stored: Mapping[str, Tenso
                 outliers |= _outliers(stage, hessians, stored)
             else:
                 curves |= _linear_curves(stage, hessians, stored, run, probe)
+        if not ranks.rank():
+            write_json(kept, {"curves": curves, "outliers": outliers})
     return Survey(curves, outliers, probe)
+
+
+def _names(package: Sequence[Stage]) -> set[str]:
+    """What a survey of the package measures: group stages, or linears."""
+    return {name for stage in package for name in ([stage.name] if stage.group else stage.touched)}
 
 
 class Probe:

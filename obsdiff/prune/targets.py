@@ -15,7 +15,7 @@ from obsdiff.models.shrink import shrink
 from obsdiff.models.walk import Stage
 from obsdiff.prune.allocation import Level, allocate, owl
 from obsdiff.prune.calibration import Calibration
-from obsdiff.prune.recipe import Recipe
+from obsdiff.prune.recipe import Recipe, flag
 from obsdiff.prune.solve import unit_multiple
 from obsdiff.prune.survey import Curve, Survey, fewest_units
 from obsdiff.prune.timing import Timer, interleaved, interpolate, time_groups
@@ -162,13 +162,15 @@ def _down(value: float) -> float:
     return math.floor(value * 1000) / 1000
 
 
-def shortfall(allocation: Allocation) -> str:
-    """A sentence when a target was missed by more than 3 %, else an empty string."""
+def shortfall(allocation: Allocation, recipe: Recipe) -> str:
+    """A sentence when what was asked for was missed by more than 3 %, else an empty string."""
     if not allocation.asked or not allocation.reached or abs(allocation.reached / allocation.asked - 1) <= CLOSE:
         return ""
+    option = next((name for name in ("target_speedup", "target_size") if getattr(recipe, name) is not None), "sparsity")
+    noise = ", and timings of small layers are noisy" if option == "target_speedup" else ""
     return (
-        f"the target was {allocation.asked:g} and {allocation.reached:.3f} was reached: heads and widths come in "
-        "steps, and timings of small layers are noisy"
+        f"{flag(option)} {allocation.asked:g} was asked for and {allocation.reached:.3f} was reached: heads and widths "
+        f"come in steps{noise}"
     )
 
 

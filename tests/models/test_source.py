@@ -180,11 +180,9 @@ def test_a_denoiser_without_any_weights(model: Path) -> None:
 @pytest.mark.parametrize("size", [0, 7, 100, 50_000])
 def test_truncated_weights(model: Path, size: int) -> None:
     cut(model / WEIGHTS, size)
-    source = find_source(model)
-    for load in (load_denoiser, load_pipeline):
-        with pytest.raises(InputError, match=r"cannot be loaded: .") as caught:
-            load(source)  # type: ignore[operator]
-        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=rf"{WEIGHTS} is truncated or is not safetensors: .") as caught:
+        find_source(model)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["NoSuchPipeline", "StableDiffusion3InpaintPipeline"])
@@ -208,7 +206,7 @@ def test_another_pipeline_of_the_family_is_refused(model: Path, name: str) -> No
 )
 def test_a_damaged_component_is_one_sentence(model: Path, damage: Callable[[Path], None]) -> None:
     damage(model)
-    with pytest.raises(InputError, match=r"model cannot be loaded: .") as caught:
+    with pytest.raises(InputError, match=r"model cannot be loaded: .|model\.safetensors is truncated") as caught:
         load_pipeline(find_source(model))
     assert "\n" not in str(caught.value)
 

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from obsdiff.errors import InputError
 from obsdiff.models import walk
+from obsdiff.models.source import find_source
 from obsdiff.prune.calibration import Calibration, sampler_hessians
 from obsdiff.prune.hessian import mean
+from obsdiff.prune.plan import plan
+from obsdiff.prune.recipe import make_recipe
 from obsdiff.prune.stage import prune
 from obsdiff.prune.stream import stream_cost, stream_hessians
 
@@ -136,11 +139,12 @@ def test_blocks_that_are_called_by_position_work_too(tiny_sd3: Path, tmp_path: P
     assert all(torch.equal(found[names][0], wanted[names][0]) for names in wanted)
 
 
-def test_a_family_whose_blocks_form_no_chain_is_refused(tiny_sd3: Path, tmp_path: Path) -> None:
-    run = make_run(tiny_sd3, tmp_path, calibration="stream", solver="obs")
-    unchained = dataclasses.replace(run, spec=dataclasses.replace(run.spec, carried=()))
+def test_a_family_whose_blocks_form_no_chain_is_refused(tiny_sd3: Path) -> None:
+    source = find_source(tiny_sd3)
+    unchained = dataclasses.replace(source, spec=dataclasses.replace(source.spec, carried=()))
+    recipe = make_recipe(source, STREAM)
     with pytest.raises(InputError, match=r"--calibration stream: the blocks of .* do not form one chain; use sampler"):
-        next(stream_hessians(unchained, linear_packages(run), ()))
+        plan(unchained, recipe)
 
 
 @pytest.mark.parametrize(

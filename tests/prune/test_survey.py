@@ -88,7 +88,11 @@ def test_a_family_whose_blocks_form_no_chain_is_measured_alike(tiny_sd3: Path, t
 
 
 def test_the_height_of_a_curve_is_what_the_output_loses(tiny_sd3: Path, loud: Path, tmp_path: Path) -> None:
-    quiet, loudly = (surveyed(make_run(model, tmp_path, **UNSTRUCTURED)).curves[LAYER] for model in (tiny_sd3, loud))
+    folders = tmp_path / "quiet", tmp_path / "loud"
+    runs = [make_run(model, folder, **UNSTRUCTURED) for model, folder in zip((tiny_sd3, loud), folders, strict=True)]
+    for folder in folders:
+        folder.mkdir()
+    quiet, loudly = (surveyed(run).curves[LAYER] for run in runs)
     assert all(b > 2 * a for (_, a), (_, b) in zip(quiet, loudly, strict=True))
 
 
@@ -121,3 +125,28 @@ def test_the_display_is_told_of_all_the_work_it_was_promised(
     progress = Noting()
     prune(tiny_sd3, tmp_path / "out", progress=progress, **FAST, **options)
     assert progress.done == progress.total > 0
+
+
+def test_an_interrupted_survey_goes_on_behind_the_last_block_it_measured(tiny_sd3: Path, tmp_path: Path) -> None:
+    options = {"pattern": "unstructured", "sparsity": 0.6, "calibration": "stream", "solver": "auto"}
+
+    def surveyed(folder: Path, stop: str = "") -> tuple[Survey, list[str]]:
+        folder.mkdir(exist_ok=True)
+        run, notes = make_run(tiny_sd3, folder, **options), []
+
+        def advance(_count: int, note: str) -> None:
+            notes.append(note)
+            if stop and stop in note:
+                raise KeyboardInterrupt
+
+        stages = walk.linear_stages(run.denoiser, run.spec)
+        stored = dict(run.denoiser.state_dict().items())
+        return survey(dataclasses.replace(run, advance=advance), stages, stored), notes
+
+    with pytest.raises(KeyboardInterrupt):
+        surveyed(tmp_path / "stopped", "block 2/3: calibrating")
+    again, notes = surveyed(tmp_path / "stopped")
+    assert not [note for note in notes if "block 1/3: calibrating" in note]
+    assert [note for note in notes if "block 2/3: calibrating" in note]
+    whole, _ = surveyed(tmp_path / "whole")
+    assert again.curves == whole.curves
