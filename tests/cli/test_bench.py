@@ -89,3 +89,64 @@ def test_a_path_that_is_wrong_stops_it_before_anything_is_timed(journey: Journey
 
 def test_a_backend_for_what_is_no_bundle_is_refused() -> None:
     assert_sentence(call("bench", "fashion", "--backend", "onnxruntime", *ONCE), 2, "fashion is not a bundle")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "give paths or --url"),
+        (("x", "--url", "http://h"), "give paths or --url"),
+        (("--url", "http://h", "--runs", 3), "--runs goes with PATH, not with --url"),
+        (("--url", "http://h", "--height", 64), "--height goes with PATH or --scenario, not with --url"),
+        (("x", "--rate", 2), "--rate goes with --url or --scenario, not with PATH"),
+        (("x", "--clients", 1), "--clients goes with --url, not with PATH"),
+        (("x", "--scenario", "offline", "--plot", "x.png"), "--plot goes with --url, not with --scenario"),
+        (("x", "y", "--scenario", "offline"), "--scenario takes one path"),
+        (("--url", "http://h", "--scenario", "offline"), "--scenario is for a path"),
+        (("x", "--scenario", "everything"), "there are single-stream, offline, server"),
+        (("x", "--scenario", "server"), "needs --rate"),
+        (("x", "--scenario", "server", "--rate", 1, "--rate", 2), "a scenario takes one"),
+        (("x", "--scenario", "offline", "--bound", 1), "go with --scenario server"),
+        (("--url", "h:8000"), "give it whole"),
+        (("--url", "http://h", "--plot", "x.bmp"), "name it .png"),
+        (("--url", "http://h", "--api-key-file", "/nowhere/key"), "No such file"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_refused(arguments: tuple[object, ...], words: str) -> None:
+    assert_sentence(call("bench", *arguments), 2, words)
+
+
+def test_an_option_at_its_default_is_still_given() -> None:
+    assert_sentence(call("bench", "--url", "http://h", "--runs", 10), 2, "--runs goes with PATH")
+
+
+def test_a_server_that_is_not_there_is_one_sentence() -> None:
+    assert_sentence(call("bench", "--url", "http://127.0.0.1:1"), 1, "cannot be reached")
+
+
+@pytest.mark.parametrize(
+    ("scenario", "batch"), [(("single-stream",), 1), (("offline",), 8), (("server", "--rate", 100, "--bound", 600), 8)]
+)
+def test_a_scenario_draws_what_was_asked_for(journey: Journey, scenario: tuple[object, ...], batch: int) -> None:
+    few = ("--requests", 5, "--warmup", 0, "--steps", 2, "--device", "cpu")
+    result = call("bench", journey.bundle, "--scenario", *scenario, *few, "--json")
+    assert result.code == 0, result.err
+    document = result.json
+    assert (document["scenario"], document["backend"], document["max_batch_size"]) == (
+        scenario[0],
+        "onnxruntime",
+        batch,
+    )
+    assert len(document["latencies_ms"]) == 5
+    assert document["settings"]["num_inference_steps"] == 2
+    assert document["within_bound"] is (True if "--bound" in scenario else None)
+    assert (document["p90_ms"] is None) == (scenario[0] == "offline")
+
+
+def test_a_bound_that_is_not_kept_is_a_gate(journey: Journey) -> None:
+    few = ("--requests", 2, "--warmup", 0, "--steps", 2, "--device", "cpu", "--rate", 100, "--bound", 0.001)
+    result = call("bench", journey.bundle, "--scenario", "server", *few)
+    assert result.code == 3
+    assert "not within the bound of 0.001 s" in result.err
+    assert "server" in result.out

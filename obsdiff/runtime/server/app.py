@@ -30,6 +30,13 @@ from obsdiff.runtime.server.schemas import (
 from obsdiff.runtime.server.service import Service
 
 PAGE = Path(__file__).with_name("page")
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # asked again after an upgrade; the ETag keeps that short
+}
 WHY = {
     400: "The request cannot be drawn; the message says why.",
     401: "An API key is needed.",
@@ -41,6 +48,17 @@ WHY = {
     503: "Starting, shutting down, or the worker died twice; Retry-After says when to come back.",
     504: "The deadline passed.",
 }
+
+
+class Page(StaticFiles):
+    """The page's files, which may load nothing but each other."""
+
+    async def get_response(self, path: str, scope: Any) -> Response:
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(404)  # no route either
+        response = await super().get_response(path, scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -123,7 +141,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     if PAGE.is_dir():  # after every route: a mount at / would answer for wrong methods of the others
-        app.router.default = StaticFiles(directory=PAGE, html=True)
+        app.router.default = Page(directory=PAGE, html=True)
     app.openapi = lambda: _true_openapi(app)  # type: ignore[method-assign]
     return app
 

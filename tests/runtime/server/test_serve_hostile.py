@@ -73,7 +73,7 @@ def test_a_huge_body_is_refused_before_it_is_read(server: Server) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/images/generations HTTP/1.1\r\n\r\n",
+    [b"\x16\x03\x01\x02\x00\x01", b"GET /nowhere HTTP/9.9\r\n\r\n", b"POST /v1/images/generations HTTP/1.1\r\n\r\n",
      HEAD.encode() + b"Content-Length: -1\r\n\r\n", HEAD.encode() + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
      b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"],
     ids=lambda raw: raw[:20].decode("latin1"),
