@@ -131,9 +131,9 @@ def test_other_solvers_record_no_choice(tiny_sd3: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_prompts": 1}, "the solver auto holds half of the prompts out: give it two or more, or choose obs"),
-        ({"prompts": ["a boot"]}, "the solver auto holds half of the prompts out"),
-        ({"damping": 0.1}, "damping is an option of the solvers obs and alps, not of auto"),
+        ({"num_prompts": 1}, "--solver auto holds half of the prompts out: give two or more, or choose --solver obs"),
+        ({"prompts": ["a boot"]}, "--solver auto holds half of the prompts out"),
+        ({"damping": 0.1}, "--damping is an option of --solver obs and alps, not of auto"),
     ],
     ids=str,
 )
