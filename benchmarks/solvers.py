@@ -55,6 +55,12 @@ def low_rank_maker(width: int, rank: int = 128, noise: float = 0.5, seed: int = 
     return draw
 
 
+def input_kinds(width: int) -> dict[str, Callable[[int, int], Tensor]]:
+    """What inputs are drawn like, by name."""
+    spectra = {f"spectrum k^-{decay}": inputs_maker(width, decay) for decay in (0.7, 1.0)}
+    return {**spectra, "rank 128 and noise": low_rank_maker(width)}
+
+
 def second_moment(inputs: Tensor) -> Tensor:
     return inputs.T @ inputs / len(inputs)
 
@@ -92,8 +98,7 @@ def compare(name: str, weight: Tensor, halves: tuple[Tensor, Tensor], fresh: Ten
 
 def layers() -> None:
     for rows, width in ((512, 1024), (1536, 1536)):
-        kinds = {f"spectrum k^-{decay}": inputs_maker(width, decay) for decay in (0.7, 1.0)}
-        for kind, draw in {**kinds, "rank 128 and noise": low_rank_maker(width)}.items():
+        for kind, draw in input_kinds(width).items():
             weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) / width**0.5
             halves = second_moment(draw(8 * width, 11)), second_moment(draw(8 * width, 12))
             compare(f"{rows}x{width}, {kind}", weight, halves, second_moment(draw(16 * width, 13)))
@@ -125,8 +130,7 @@ def embedded_layer(name: str, prompts: int = 64, steps: int = 12) -> tuple[Tenso
 
 def samples() -> None:
     width = 512
-    for decay in (0.7, 1.0):
-        draw = inputs_maker(width, decay)
+    for kind, draw in input_kinds(width).items():
         weight = torch.randn(width, width, generator=torch.Generator().manual_seed(1)) / width**0.5
         fresh = second_moment(draw(40 * width, 13))
         for pattern in PATTERNS:
@@ -139,7 +143,7 @@ def samples() -> None:
                 ratio = relative_error(weight, found.weight, fresh) / relative_error(weight, base.weight, fresh)
                 assert found.choice
                 row.append(f"{share:g}: {ratio:.3f} ({found.choice.solver} {found.choice.damping:g})")
-            print(f"auto / OBS on fresh inputs, spectrum k^-{decay}, {pattern}, by inputs a column: {', '.join(row)}")
+            print(f"auto / OBS on fresh inputs, {kind}, {pattern}, by inputs a column: {', '.join(row)}")
 
 
 def structured(heads: int = 24, size: int = 64, keep: int = 17) -> None:

@@ -214,7 +214,9 @@ def test_units_among_other_columns_are_a_smaller_problem_of_their_own(problem: d
     wanted, inner_losses = greedy_units([weight[:, part]], [inner], units, keep)
     energies = [torch.trace(w @ h @ w.T) for w, h in ((weight, hessian), (weight[:, part], inner))]
     assert torch.equal(alive, wanted)
-    assert torch.allclose(torch.tensor(losses) * energies[0], torch.tensor(inner_losses) * energies[1], rtol=1e-5)
+    assert torch.allclose(
+        torch.tensor(losses) * energies[0], torch.tensor(inner_losses) * energies[1], rtol=1e-3
+    )  # by two roads through near-singular blocks
 
 
 @settings(deadline=None, max_examples=60)
