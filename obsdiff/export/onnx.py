@@ -206,7 +206,6 @@ def _exact_zeros() -> Iterator[None]:
             constant._abs_tol = tolerance
 
 
-
 def _say(axes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in axes.items())
 

@@ -19,10 +19,10 @@ from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import onnx
 from obsdiff.export.bundle import Axis, Precision, open_bundle
 from obsdiff.export.stage import export, make_axes
+from obsdiff.models.graph import random_inputs
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import Source, find_source, load_denoiser
-from obsdiff.models.graph import random_inputs
 from obsdiff.runtime.backends import load_backend
 from obsdiff.runtime.pipeline import load
 
@@ -248,7 +248,9 @@ class Untraceable(nn.Module):
 def test_what_cannot_be_traced_says_why_in_one_line(one_block: tuple[nn.Module, Source], tmp_path: Path) -> None:
     denoiser, source = one_block
     spec, axes = dataclasses.replace(SD3, graph=lambda _: Untraceable()), make_axes(source, "1:1:8", None)
-    with pytest.raises(ObsdiffError, match=r"the denoiser could not be traced to ONNX: .*(symbolic|data-dep)") as caught:
+    with pytest.raises(
+        ObsdiffError, match=r"the denoiser could not be traced to ONNX: .*(symbolic|data-dep)"
+    ) as caught:
         onnx.export_onnx(denoiser, spec, source.config, axes, tmp_path / "model.onnx")
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "model.onnx").exists()

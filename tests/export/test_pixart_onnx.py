@@ -39,7 +39,9 @@ def test_the_graph_takes_every_size(source: Source, session: Any, height: int, w
     """128 is the denoiser's own, for which it keeps position embeddings."""
     denoiser = load_denoiser(source, torch.float32)
     assert denoiser.pos_embed.height == 64
-    inputs = graph.random_inputs(source.spec, source.config, {"batch": 1, "height": height, "width": width, "tokens": 9})
+    inputs = graph.random_inputs(
+        source.spec, source.config, {"batch": 1, "height": height, "width": width, "tokens": 9}
+    )
     wanted = denoiser(**inputs, return_dict=False)[0]
     (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     assert (torch.from_numpy(found) - wanted).norm() < 1e-4 * wanted.norm()

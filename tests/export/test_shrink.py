@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from obsdiff.checkpoint import GroupRecord
 from obsdiff.errors import InputError
+from obsdiff.models.graph import TensorDenoiser, random_inputs
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import Source, find_source, load_denoiser, meta_denoiser
-from obsdiff.models.graph import TensorDenoiser, random_inputs
 
 READERS = {
     "attn": ("attn.to_out.0", "attn.to_add_out"),

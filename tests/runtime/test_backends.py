@@ -9,9 +9,9 @@ import torch
 
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export.bundle import Manifest, open_bundle
+from obsdiff.models.graph import TensorDenoiser, random_inputs
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.source import find_source, load_denoiser
-from obsdiff.models.graph import TensorDenoiser, random_inputs
 from obsdiff.runtime.backends import BACKENDS, choose_backend, load_backend
 
 SHAPES = [
