@@ -23,7 +23,7 @@ from obsdiff.files import copy_files, read_json, write_json, write_tensors
 from obsdiff.models import GroupRecord
 from obsdiff.models.layers import as_matrix
 from obsdiff.models.source import INFO, Source
-from obsdiff.models.weights import lone_variant, make_plain, with_variant
+from obsdiff.models.weights import lone_variant, make_plain, tensor_names, with_variant
 
 SCHEMA_VERSION = 1
 MASKS = "masks.safetensors"
@@ -133,7 +133,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
-        self._home = {name: file for file in self.files for name in _names(file)}
+        self._home = {name: file for file in self.files for name in tensor_names(file)}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._home[name], framework="pt") as file:
@@ -144,16 +144,6 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._home)
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is truncated or is not safetensors: {error}") from None
 
 
 def denoiser_weights(folder: Path) -> TensorFiles:

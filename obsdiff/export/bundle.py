@@ -145,6 +145,11 @@ class Manifest(_Model):
             raise ValueError("there must be one output")
         return generic.graph_spec(self.denoiser, self.component, inputs, outputs[0])
 
+    @property
+    def max_batch(self) -> int | None:
+        """The most pictures that a batch may have, with guidance; None where the graph's range does not say."""
+        return max(1, self.axes["batch"].max // self.spec.passes) if "batch" in self.axes else None
+
     def scale(self, axis: str) -> int:
         """Pixels in a step of the axis for height and width, 1 for the others."""
         return self.vae_scale if axis in ("height", "width") else 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from obsdiff.errors import InputError
 from obsdiff.export.totals import default_axes
+from obsdiff.hooks import named_arguments
 from obsdiff.models import Input, size_of
 from obsdiff.models.source import Source, load_pipeline, meta_denoiser, quiet_libraries
 
@@ -84,11 +85,10 @@ def _refusal(source: Source, why: str) -> InputError:
 def _record(pipe: Any, source: Source, size: Mapping[str, int]) -> Call:
     """The tensors that the pipeline first calls its denoiser with; `tokens` other than 0 is a short prompt."""
     denoiser: nn.Module = pipe.components[source.spec.component]
-    names = inspect.signature(denoiser.forward).parameters
     kept: dict[str, Any] = {}
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.update(dict(zip(names, args, strict=False)) | kwargs)
+        kept.update(named_arguments(denoiser.forward, args, kwargs))
         raise _Called
 
     known = inspect.signature(pipe.__call__).parameters

@@ -39,8 +39,8 @@ def export(
 ) -> Manifest:
     """Compiles a dense or pruned diffusers pipeline into a bundle, and proves that it computes the same.
 
-    `batch` counts images (a denoiser call with guidance takes twice that in many families), `size` pixels of a side, both MIN:OPT:MAX;
-    the size defaults to half, once and one and a half times the model's own. `force` replaces a bundle that is there.
+    `batch` counts images (a denoiser call with guidance takes twice that in many families), `size` pixels of a side,
+    both MIN:OPT:MAX; the size defaults to half, once and one and a half times the model's own. `force` replaces a bundle that is there.
     Raises InputError when an argument is wrong; ObsdiffError when the result disagrees with PyTorch, and then
     nothing is written.
     """
@@ -79,7 +79,7 @@ def make_axes(source: Source, batch: str, size: str | None) -> dict[str, Axis]:
     if size and "height" not in names:
         raise InputError(f"--size {size}: this model draws pictures of one size: leave the option out")
     patch = size_of(source.spec.patch, source.config)
-    step = source.vae_scale * patch
+    step = source.side_step
     own = default_axes(source)["height"] * source.vae_scale
     low, opt, high = (
         _triple("--size", size)

@@ -120,9 +120,7 @@ def largest_batch(path: str | Path) -> int:
 
     if not (Path(path) / MANIFEST).exists():
         return BATCH
-    manifest = read_manifest(Path(path))
-    most = manifest.axes["batch"].max // manifest.spec.passes if "batch" in manifest.axes else BATCH
-    return max(1, min(BATCH, most))
+    return min(BATCH, read_manifest(Path(path)).max_batch or BATCH)
 
 
 def _check(scenario: str, rate: float | None, bound: float | None) -> None:

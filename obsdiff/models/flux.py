@@ -4,11 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obsdiff.models.spec import Blocks, Config, Group, Input, ModelSpec, Span
-
-
-def _spans(*linears: str) -> tuple[Span, ...]:
-    return tuple(Span(linear) for linear in linears)
+from obsdiff.models.spec import Blocks, Config, Group, Input, ModelSpec, Span, spans
 
 
 def out_channels(config: Config) -> int:
@@ -21,8 +17,8 @@ ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 HEADS = Group(
     "attn",
     "heads",
-    _spans(*QKV, *ADDED_QKV),
-    _spans("attn.to_out.0", "attn.to_add_out"),
+    spans(*QKV, *ADDED_QKV),
+    spans("attn.to_out.0", "attn.to_add_out"),
     "attn.heads",
     ("attn.inner_dim",),
 )
@@ -37,8 +33,8 @@ DOUBLE = Blocks(
     ),
     groups=(
         HEADS,
-        Group("ff", "neurons", _spans("ff.net.0.proj"), _spans("ff.net.2")),
-        Group("ff_context", "neurons", _spans("ff_context.net.0.proj"), _spans("ff_context.net.2")),
+        Group("ff", "neurons", spans("ff.net.0.proj"), spans("ff.net.2")),
+        Group("ff_context", "neurons", spans("ff_context.net.0.proj"), spans("ff_context.net.2")),
     ),
 )
 # The columns of a single block's proj_out read the attention first, then the MLP.
@@ -49,7 +45,7 @@ SINGLE = Blocks(
         Group(
             "attn",
             "heads",
-            _spans(*QKV),
+            spans(*QKV),
             (Span("proj_out", before=("mlp_hidden_dim",)),),
             "attn.heads",
             ("attn.inner_dim",),
@@ -57,7 +53,7 @@ SINGLE = Blocks(
         Group(
             "mlp",
             "neurons",
-            _spans("proj_mlp"),
+            spans("proj_mlp"),
             (Span("proj_out", after=("attn.inner_dim",)),),
             scaled=("mlp_hidden_dim",),
         ),

@@ -8,16 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from obsdiff.errors import InputError
+from obsdiff.models.flux import ADDED_QKV, HEADS, QKV, out_channels
 from obsdiff.models.rotary import rotary_table, rotate
-from obsdiff.models.spec import Blocks, Config, Group, Input, ModelSpec, Span
-
-
-def _spans(*linears: str) -> tuple[Span, ...]:
-    return tuple(Span(linear) for linear in linears)
-
-
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+from obsdiff.models.spec import Blocks, Group, Input, ModelSpec, spans
 
 LAYERS = (
     (QKV, ADDED_QKV),
@@ -26,16 +19,9 @@ LAYERS = (
     (("img_mlp.net.2",), ("txt_mlp.net.2",)),
 )
 GROUPS = (
-    Group(
-        "attn",
-        "heads",
-        _spans(*QKV, *ADDED_QKV),
-        _spans("attn.to_out.0", "attn.to_add_out"),
-        "attn.heads",
-        ("attn.inner_dim",),
-    ),
-    Group("img_mlp", "neurons", _spans("img_mlp.net.0.proj"), _spans("img_mlp.net.2")),
-    Group("txt_mlp", "neurons", _spans("txt_mlp.net.0.proj"), _spans("txt_mlp.net.2")),
+    HEADS,
+    Group("img_mlp", "neurons", spans("img_mlp.net.0.proj"), spans("img_mlp.net.2")),
+    Group("txt_mlp", "neurons", spans("txt_mlp.net.0.proj"), spans("txt_mlp.net.2")),
 )
 THETA = 10000.0
 OTHERS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # of the editing and layered models
@@ -128,11 +114,6 @@ def _feeds(_denoiser: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]
     return named
 
 
-def _out_channels(config: Config) -> int:
-    """Numbers for each token: a patch of each channel, where out_channels is null as many channels as come in."""
-    return int(config.get("out_channels") or config["in_channels"]) * int(config["patch_size"]) ** 2
-
-
 QWENIMAGE = ModelSpec(
     family="qwenimage",
     title="Qwen-Image",
@@ -148,7 +129,7 @@ QWENIMAGE = ModelSpec(
         Input("img_ids", ("image", 3), "float32", draw=64),
         Input("txt_ids", ("tokens", 3), "float32", draw=64),
     ),
-    output=Input("sample", ("batch", "image", _out_channels)),
+    output=Input("sample", ("batch", "image", out_channels)),
     tokens=(1, 128, 1024),
     patch=2,  # of the latents, which come packed
     embeds=("prompt_embeds", "prompt_embeds_mask"),

@@ -1,11 +1,6 @@
 """Stable Diffusion 3 and 3.5: joint attention over image and text tokens (arXiv 2403.03206)."""
 
-from obsdiff.models.spec import Blocks, Group, Input, ModelSpec, Span
-
-
-def _spans(*linears: str) -> tuple[Span, ...]:
-    return tuple(Span(linear) for linear in linears)
-
+from obsdiff.models.spec import Blocks, Group, Input, ModelSpec, spans
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -21,13 +16,13 @@ GROUPS = (
     Group(
         "attn",
         "heads",
-        _spans(*QKV, *ADDED_QKV),
-        _spans("attn.to_out.0", "attn.to_add_out"),
+        spans(*QKV, *ADDED_QKV),
+        spans("attn.to_out.0", "attn.to_add_out"),
         "attn.heads",
     ),
-    Group("attn2", "heads", _spans(*QKV2), _spans("attn2.to_out.0"), "attn2.heads"),
-    Group("ff", "neurons", _spans("ff.net.0.proj"), _spans("ff.net.2")),
-    Group("ff_context", "neurons", _spans("ff_context.net.0.proj"), _spans("ff_context.net.2")),
+    Group("attn2", "heads", spans(*QKV2), spans("attn2.to_out.0"), "attn2.heads"),
+    Group("ff", "neurons", spans("ff.net.0.proj"), spans("ff.net.2")),
+    Group("ff_context", "neurons", spans("ff_context.net.0.proj"), spans("ff_context.net.2")),
 )
 
 SD3 = ModelSpec(

@@ -75,6 +75,11 @@ class Source:
         return tokens
 
     @property
+    def side_step(self) -> int:
+        """Pixels that a picture's sides must be multiples of."""
+        return self.vae_scale * size_of(self.spec.patch, self.config)
+
+    @property
     def vae_scale(self) -> int:
         """Pixels per latent along each side."""
         path = self.path / "vae" / "config.json"
@@ -249,7 +254,6 @@ def load_pipeline(source: Source, dtype: Any = None, **components: Any) -> "Diff
     pipe.set_progress_bar_config(disable=True)
     if source.spec.component not in components:
         _check_complete(source, pipe.components[source.spec.component])
-    pipe.obsdiff_call = dict(source.spec.call)
     return pipe
 
 

@@ -30,6 +30,11 @@ class Span:
     before: tuple[str, ...] = ()
 
 
+def spans(*linears: str) -> tuple[Span, ...]:
+    """Whole axes of these linears."""
+    return tuple(Span(linear) for linear in linears)
+
+
 @dataclass(frozen=True)
 class Group:
     """Units (heads or neurons) that are removed whole: the rows that produce one and the columns that read it.
@@ -140,6 +145,10 @@ class ModelSpec:
     """Turns the denoiser into a module that takes the inputs by name and can be traced, where it cannot be itself."""
     feeds: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] | None = None
     """Turns the arguments of a pipeline's call of the denoiser into the graph's inputs, where they differ."""
+
+    def passes_at(self, guidance_scale: float) -> int:
+        """Inputs of one call that a picture takes at that guidance."""
+        return self.passes if guidance_scale > self.guided_above else 1
 
     def options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options of a call of the pipeline by its own names: ours has the guidance as guidance_scale."""

@@ -59,11 +59,18 @@ def make_plain(folder: Path) -> None:
 def check_whole(folder: Path) -> None:
     """Raises InputError that names the first .safetensors file of the folder that is cut off or something else."""
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is truncated or is not safetensors: {error}") from None
+        tensor_names(path)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a .safetensors file. Raises InputError when it is missing, cut off, or something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or is not safetensors: {error}") from None
 
 
 def check_floating(*paths: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import InputError
+from obsdiff.hooks import after_steps, defaults
 from obsdiff.models import ModelSpec, layers, walk
 from obsdiff.models.walk import Stage
 from obsdiff.prune import ranks
@@ -55,7 +56,7 @@ def encode_prompts(pipe: Any, spec: ModelSpec, recipe: Recipe, device: str) -> l
     known, call = inspect.signature(pipe.encode_prompt).parameters, recipe.call_options
     guided, negative = call["guidance_scale"] > spec.guided_above, spec.negative_prompt or ""
     options = {
-        **_defaults(pipe.__call__),  # what __call__ hands on is not always encode_prompt's own default
+        **defaults(pipe.__call__),  # what __call__ hands on is not always encode_prompt's own default
         **spec.encode,
         **call,
         "device": torch.device(device),
@@ -79,11 +80,6 @@ def encode_prompts(pipe: Any, spec: ModelSpec, recipe: Recipe, device: str) -> l
     for encoder in encoders:
         encoder.to("cpu")
     return batches
-
-
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {entry.name: entry.default for entry in parameters if entry.default is not entry.empty}
 
 
 def sampler_of(pipe: Any, device: str, encodes: bool = False) -> Any:
@@ -113,29 +109,21 @@ def sample_latents(
     The noise of prompt k comes from its own generator, seeded with seed + k, whatever the batch.
     Raises InputError when the pipeline refuses an option of the call, a height that its patches do not divide.
     """
-
-    known, counter, step = inspect.signature(sampler.__call__).parameters, count(1), sampler.scheduler.step
+    known, done = inspect.signature(sampler.__call__).parameters, count(1)
     texts = dict.fromkeys(("negative_prompt", "negative_prompt_2", "negative_prompt_3"))  # they are embedded already
     options = {name: value for name, value in {**call, **texts}.items() if name in known}
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        on_step(next(counter))
-        return result
-
     on_step(0)
-    sampler.scheduler.step = counted  # not every pipeline has callbacks
     try:
-        return sampler(
-            **batch.embeds,
-            **options,
-            generator=[torch.Generator().manual_seed(seed + k) for k in batch.prompts],
-            output_type="latent",
-        )[0]
+        with after_steps(sampler.scheduler, lambda: on_step(next(done))):
+            return sampler(
+                **batch.embeds,
+                **options,
+                generator=[torch.Generator().manual_seed(seed + k) for k in batch.prompts],
+                output_type="latent",
+            )[0]
     except ValueError as error:  # a height or width that the model cannot draw
         raise InputError(f"the sampler refuses this call: {error}") from error
-    finally:
-        del sampler.scheduler.step
 
 
 class Collector:

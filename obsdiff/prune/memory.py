@@ -67,7 +67,7 @@ def input_shapes(source: Source, packages: Sequence[Sequence[Stage]], recipe: Re
     if not any(layers.taps(walk.linear(denoiser, name)) > 1 for name in names):
         return {}
     axes = {
-        "batch": recipe.batch_size * (source.spec.passes if recipe.guidance_scale > source.spec.guided_above else 1),
+        "batch": recipe.batch_size * source.spec.passes_at(recipe.guidance_scale),
         "height": recipe.height // source.vae_scale,
         "width": recipe.width // source.vae_scale,
         "tokens": source.prompt_tokens,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from obsdiff.errors import InputError
-from obsdiff.models import GroupRecord, layers, size_of, walk
+from obsdiff.models import GroupRecord, layers, walk
 from obsdiff.models.source import Source, meta_denoiser
 from obsdiff.models.walk import Stage
 from obsdiff.prune import targets
@@ -22,7 +22,7 @@ def plan(source: Source, recipe: Recipe) -> list[list[Stage]]:
     """
     if recipe.calibration == "stream" and not source.spec.carried:
         raise InputError(f"--calibration stream: the blocks of {source.spec.title} do not form one chain; use sampler")
-    step = source.vae_scale * size_of(source.spec.patch, source.config)
+    step = source.side_step
     if recipe.height % step or recipe.width % step:
         raise InputError(
             f"--height {recipe.height} --width {recipe.width}: this model draws multiples of {step} pixels"

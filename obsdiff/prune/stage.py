@@ -16,7 +16,7 @@ from obsdiff import checkpoint
 from obsdiff.checkpoint import CheckpointInfo
 from obsdiff.device import pick_device
 from obsdiff.errors import InputError, ObsdiffError
-from obsdiff.models import known_families, size_of, walk
+from obsdiff.models import known_families, walk
 from obsdiff.models.source import Source, load_pipeline, meta_denoiser, quiet_libraries
 from obsdiff.models.walk import Stage
 from obsdiff.progress import Progress
@@ -163,10 +163,8 @@ def _prune_packages(
 
 def tokens_of_call(source: Source, recipe: Recipe) -> int:
     """Tokens of one calibration call: image and prompt, for each pass that guidance adds."""
-    step = source.vae_scale * size_of(source.spec.patch, source.config)
-    image = (recipe.height // step) * (recipe.width // step)
-    passes = source.spec.passes if recipe.guidance_scale > source.spec.guided_above else 1
-    return recipe.batch_size * passes * (image + source.prompt_tokens)
+    image = (recipe.height // source.side_step) * (recipe.width // source.side_step)
+    return recipe.batch_size * source.spec.passes_at(recipe.guidance_scale) * (image + source.prompt_tokens)
 
 
 def _allocate(

@@ -6,7 +6,6 @@ of one sampler run and two passes.
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obsdiff.hooks import named_arguments
 from obsdiff.models import ModelSpec, walk
 from obsdiff.models.walk import Stage
 from obsdiff.prune import ranks
@@ -109,7 +109,7 @@ def _record(run: Calibration, first: nn.Module, cache: ActivationCache, cost: in
         run.advance(cost * units, "recording the dense trajectories")
         if int(number * share) == int((number - 1) * share):  # every 1 / share-th step, whatever the share
             return
-        named = dict(zip(inspect.signature(first.forward).parameters, args, strict=False)) | dict(kwargs)
+        named = named_arguments(first.forward, args, kwargs)
         cache.put(len(calls), {name: named.pop(name) for name in run.spec.carried})
         calls.append(Call(state.prompts, state.alpha, named, units))
 

@@ -1,7 +1,6 @@
 """What pruning each layer would do to the denoiser's output, measured on the dense model before anything is pruned."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.files import read_json, write_json
+from obsdiff.hooks import named_arguments
 from obsdiff.models import walk
 from obsdiff.models.layers import as_matrix, from_matrix
 from obsdiff.models.walk import Stage
@@ -107,7 +107,7 @@ class Probe:
         kept: list[dict[str, Any]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept.append(dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs)
+            kept.append(named_arguments(module.forward, args, kwargs))
 
         handle = run.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
         first = ranks.from_first(run.batches[:1])  # the same on every rank, one without prompts of its own included
@@ -124,9 +124,8 @@ class Probe:
         """One more call, for what blocks are called with and how many tokens linears see."""
 
         def keep_inputs(number: int, block: nn.Module) -> Callable[..., None]:
-            names = inspect.signature(block.forward).parameters
             return lambda _module, args, kwargs: self.block_inputs.__setitem__(
-                number, dict(zip(names, args, strict=False)) | kwargs
+                number, named_arguments(block.forward, args, kwargs)
             )
 
         def keep_tokens(name: str, rows: int) -> Callable[..., None]:

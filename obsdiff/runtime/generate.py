@@ -29,9 +29,8 @@ def call_options(pipe: Any, path: str | Path, overrides: Mapping[str, Any] | Non
     if not isinstance(options, dict):
         raise InputError(f"{config} holds no JSON object: it should name options of the pipeline's call")
     options |= {name: value for name, value in (overrides or {}).items() if value is not None}
-    options |= getattr(pipe, "obsdiff_call", {})
     if spec := pipeline_spec(pipe):
-        options = spec.options(options)
+        options = spec.options(options | dict(spec.call))
         if spec.negative_prompt is not None and options.get(spec.guidance, math.inf) > spec.guided_above:
             options.setdefault("negative_prompt", spec.negative_prompt)
     known = inspect.signature(pipe.__call__).parameters

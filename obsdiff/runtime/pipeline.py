@@ -17,6 +17,7 @@ from obsdiff.device import pick_device
 from obsdiff.errors import InputError
 from obsdiff.export.bundle import CONFIG, Manifest, open_bundle, read_manifest
 from obsdiff.files import read_json
+from obsdiff.hooks import defaults
 from obsdiff.models import size_of
 from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_pipeline
 from obsdiff.runtime.backends import Denoise, choose_backend, load_backend
@@ -31,7 +32,8 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
     def __init__(self, denoise: Denoise, manifest: Manifest, config: Mapping[str, Any], device: str, dtype: Any):
         super().__init__()
         model = getattr(diffusers, manifest.denoiser)
-        self.register_to_config(**{**_default_config(model), **config})
+        # What the class takes for what its config.json leaves out, as those of the first diffusers do.
+        self.register_to_config(**{**defaults(model.__init__), **config})
         self._denoise, self._manifest, self._spec = denoise, manifest, manifest.spec
         self._argument_names = list(inspect.signature(model.forward).parameters)[1:]
         for path, size in self._spec.attributes.items():
@@ -71,7 +73,6 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
         sample = self._denoise(**tensors).to(self._dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-
     def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the denoiser's call by the names of the graph's inputs."""
         names = self._argument_names
@@ -81,12 +82,6 @@ class EngineDenoiser(ModelMixin, ConfigMixin):
         for holder in {entry.inside for entry in self._spec.inputs if entry.inside}:
             named |= named.pop(holder, None) or {}
         return named
-
-
-def _default_config(model: type) -> dict[str, Any]:
-    """What a denoiser's class takes for what its config.json leaves out, as those of the first diffusers do."""
-    parameters = inspect.signature(model.__init__).parameters.values()  # type: ignore[misc]
-    return {entry.name: entry.default for entry in parameters if entry.default is not entry.empty}
 
 
 def _refuse_loras(pipe: Any, path: str | Path, why: str) -> None:

@@ -152,9 +152,9 @@ def denoiser_config(name: str, manifest: Manifest, group: Mapping[str, Any]) -> 
 
 def batch_limit(manifest: Manifest, asked: int | None) -> int:
     """How many pictures a batch may have: what is asked, or the most that the bundle draws with guidance."""
-    if "batch" not in manifest.axes:
+    limit = manifest.max_batch
+    if limit is None:
         return asked or 8
-    limit = max(1, manifest.axes["batch"].max // manifest.spec.passes)
     if asked is not None and asked > limit:
         pictures = f"{limit} picture{'s' * (limit > 1)} at once"
         raise InputError(f"--max-batch-size {asked}: the bundle was exported for {pictures}")

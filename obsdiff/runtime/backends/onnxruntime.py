@@ -59,4 +59,3 @@ def load(bundle: Path, manifest: Manifest, device: str) -> Denoise:
         return result
 
     return denoise
-

@@ -1,6 +1,6 @@
 """The worker's half: a pipeline that draws batches, reports its steps, and lets cancelled pictures go between them."""
 
-import functools
+import contextlib
 import inspect
 import io
 import time
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from obsdiff.errors import InputError
 from obsdiff.export.bundle import Manifest, open_bundle
+from obsdiff.hooks import after_steps
 from obsdiff.models import pipeline_spec
 from obsdiff.models.source import MANIFEST
 from obsdiff.runtime.generate import call_options, generate, identity
@@ -56,7 +57,7 @@ class Engine:
         self.pipe.set_progress_bar_config(disable=True)
         self.spec = pipeline_spec(self.pipe)
         self.parameters = inspect.signature(self.pipe.__call__).parameters
-        self.max_batch, self._min_inputs = _batch_range(self.manifest, settings.max_batch_size, self._passes)
+        self.max_batch, self._min_inputs = _batch_range(self.manifest, settings.max_batch_size)
         self.drops = False
         self._known: dict[Key, dict[str, Any]] = {}
 
@@ -64,11 +65,16 @@ class Engine:
     def _passes(self) -> int:
         return self.spec.passes if self.spec else 2
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What can be drawn to try the pipeline."""
+        return (self.spec.prompts if self.spec else ()) or PROMPTS
+
     def warm_up(self) -> Info:
         """Draws until everything is allocated and compiled, and finds out what batches do to a picture here."""
         options = call_options(self.pipe, self.path)
         guidance = self.spec.guidance if self.spec else "guidance_scale"
-        prompts = (self.spec.prompts if self.spec else ()) or PROMPTS
+        prompts = self.prompts
         pair = [prompts[-1], prompts[0]]
         few = {**options, "num_inference_steps": PROBE_STEPS} if "num_inference_steps" in self.parameters else options
         (alone,) = self._draw([prompts[0]], [0], few, Watch()).values()
@@ -172,24 +178,20 @@ class Engine:
             return tensors
 
         watched = dict(options)
-        step = self.pipe.scheduler.step
+        steps: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if "callback_on_step_end" in self.parameters:
             watched |= {"callback_on_step_end": after_step, "callback_on_step_end_tensor_inputs": names}
-        else:  # a pipeline without callbacks: its scheduler says when a step is over
+        else:
 
-            @functools.wraps(step)  # pipelines look at its signature
-            def observed(*args: Any, **kwargs: Any) -> Any:
-                result = step(*args, **kwargs)
+            def told() -> None:
                 after_step(self.pipe, done, None, {})
-                return result
 
-            self.pipe.scheduler.step = observed
+            steps = after_steps(self.pipe.scheduler, told)
         try:
-            images = generate(self.pipe, prompts, seeds, watched)
+            with steps:
+                images = generate(self.pipe, prompts, seeds, watched)
         except Stopped:
             return {}
-        finally:
-            vars(self.pipe.scheduler).pop("step", None)
         return dict(zip(alive, images, strict=True))
 
     @torch.no_grad()
@@ -216,12 +218,11 @@ def encode(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _batch_range(manifest: Manifest | None, asked: int, passes: int) -> tuple[int, int]:
+def _batch_range(manifest: Manifest | None, asked: int) -> tuple[int, int]:
     """The most pictures in a batch, and the fewest denoiser inputs."""
-    if manifest is None or "batch" not in manifest.axes:
+    if manifest is None or manifest.max_batch is None:
         return asked, 1
-    allowed = manifest.axes["batch"]
-    return max(1, min(asked, allowed.max // passes)), allowed.min
+    return min(asked, manifest.max_batch), manifest.axes["batch"].min
 
 
 def _sides(manifest: Manifest | None) -> dict[str, Side]:
@@ -283,6 +284,6 @@ def check(engine: Engine, key: Key) -> None:
     """Draws a picture in few steps, to see that the engine still works. Raises whatever is wrong with it."""
     few = Key(key.height, key.width, PROBE_STEPS, key.guidance, None)
     try:
-        engine.draw([((engine.spec.prompts if engine.spec else ()) or PROMPTS)[0]], [0], few, Watch())
+        engine.draw([engine.prompts[0]], [0], few, Watch())
     except InputError:
         return
