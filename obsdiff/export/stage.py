@@ -40,7 +40,8 @@ def export(
     """Compiles a dense or pruned diffusers pipeline into a bundle, and proves that it computes the same.
 
     `batch` counts images (a denoiser call with guidance takes twice that in many families), `size` pixels of a side,
-    both MIN:OPT:MAX; the size defaults to half, once and one and a half times the model's own. `force` replaces a bundle that is there.
+    both MIN:OPT:MAX; the size defaults to half, once and one and a half times the model's own. `force` replaces a
+    bundle that is there.
     Raises InputError when an argument is wrong; ObsdiffError when the result disagrees with PyTorch, and then
     nothing is written.
     """
