@@ -33,7 +33,7 @@ class Pipe:
 class Engine:
     """Draws grey pictures in four steps, unless `fails` says otherwise."""
 
-    spec = None
+    prompts = ("a probe",)
 
     def __init__(self, fails: Callable[[Sequence[str]], Exception | None] = lambda _prompts: None):
         self.fails, self.calls = fails, []

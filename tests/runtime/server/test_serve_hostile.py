@@ -1,6 +1,7 @@
 """Clients that go, dawdle, or mean no good; workers that die; and the document that is true."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -66,8 +67,9 @@ def test_a_huge_body_is_refused_before_it_is_read(server: Server) -> None:
         assert one.recv(4096).startswith(b"HTTP/1.1 413 ")
     with connect(server) as one:  # nor does it help to hide the size
         one.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
-        for _ in range(20):
-            one.sendall(b"2000\r\n" + b"x" * 0x2000 + b"\r\n")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may close before all is sent
+            for _ in range(20):
+                one.sendall(b"2000\r\n" + b"x" * 0x2000 + b"\r\n")
         assert one.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
