@@ -14,6 +14,12 @@ from obsdiff.errors import InputError, ObsdiffError
 CHUNK = 1 << 20
 
 
+def cache_folder(*parts: str) -> Path:
+    """Where this user's measurements and engines are kept: OBSDIFF_CACHE, or obsdiff in the user's cache folder."""
+    folder = os.environ.get("OBSDIFF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "obsdiff"
+    return Path(folder).expanduser().joinpath(*parts)
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the body ends well, and vanishes when it does not."""

@@ -5,20 +5,26 @@ from typing import Annotated
 
 import typer
 
-from obsdiff.cli.options import Json
+from obsdiff.cli.options import Device, Json
 from obsdiff.cli.show import ShownProgress, human, print_json, print_table
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A pruned checkpoint, a diffusers folder, a hub id, or `fashion`.")],
     bundle: Annotated[Path, typer.Argument(help="Where the bundle goes.")],
-    format: Annotated[list[str] | None, typer.Option(help="onnx; repeatable. [default: onnx]")] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or fp16: what the denoiser is stored and runs in.")] = "fp32",
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="onnx, tensorrt, tensorrt-rtx, torch-tensorrt or aoti; repeatable. [default: onnx]"),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16 or bf16: what the denoiser is stored and runs in.")
+    ] = "fp32",
     batch: Annotated[str, typer.Option(metavar="MIN:OPT:MAX", help="Images at once.")] = "1:1:8",
     size: Annotated[
         str | None,
         typer.Option(metavar="MIN:OPT:MAX", help="Pixels of a side. [default: half, once, 1.5 times the model's]"),
     ] = None,
+    device: Device = None,
     force: Annotated[bool, typer.Option("--force", help="Replace BUNDLE if it is a bundle.")] = False,
     json: Json = False,
 ) -> None:
@@ -39,6 +45,7 @@ def command(
         precision=precision,  # type: ignore[arg-type]
         batch=batch,
         size=size,
+        device=device,
         force=force,
         progress=ShownProgress(),
     )

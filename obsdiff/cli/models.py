@@ -30,9 +30,7 @@ def command(json: Json = False) -> None:
 
 def rows() -> list[dict[str, Any]]:
     """A row for each family."""
-    from typing import get_args
-
-    from obsdiff.export.stage import Format
+    from obsdiff.export.stage import FORMATS
     from obsdiff.files import read_json
     from obsdiff.models import FAMILIES
     from obsdiff.runtime.backends import BACKENDS
@@ -48,7 +46,7 @@ def rows() -> list[dict[str, Any]]:
                 "pipelines": list(spec.pipelines),
                 "denoiser": spec.denoiser,
                 "patterns": ["unstructured", "N:M", *([f"structured ({' and '.join(kinds)})"] if kinds else [])],
-                "formats": list(get_args(Format)),
+                "formats": list(FORMATS),
                 "backends": list(BACKENDS),
                 "verified": verified.get(spec.family, {}),
             }

@@ -5,8 +5,11 @@ BUNDLE/
   model_index.json, generation_config.json, and the untouched diffusers components
   denoiser/config.json, model.safetensors     the shrunk weights; `groups` in the manifest rebuilds the module
   denoiser/model.onnx (+ model.onnx.data past 2 GB)
+  engines/               what was compiled ahead of time, each for one kind of machine
+  receipt.json           which products of matrices can run sparse, and which were seen to
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -25,7 +28,16 @@ SCHEMA_VERSION = 1
 WEIGHTS = "denoiser/model.safetensors"
 CONFIG = "denoiser/config.json"
 GRAPH = "denoiser/model.onnx"
+RECEIPT = "receipt.json"
+ENGINES = "engines"
 Precision = Literal["fp32", "fp16", "bf16"]
+EngineFormat = Literal["tensorrt", "tensorrt-rtx", "torch-tensorrt", "aoti"]
+SUFFIXES: dict[EngineFormat, str] = {
+    "tensorrt": ".plan",
+    "tensorrt-rtx": ".plan",
+    "torch-tensorrt": ".pt2",
+    "aoti": ".pt2",
+}
 
 
 def _inside(path: str) -> str:
@@ -89,6 +101,52 @@ class Check(_Model):
     tolerance: float
 
 
+class EngineOptions(_Model):
+    """What a user may ask of an engine. `sm`: the GPUs it is for, such as "89"; none: the machine that builds it."""
+
+    sm: tuple[Annotated[str, Field(pattern=r"^\d{2,3}$")], ...] = ()
+    sparse: bool = True
+    refit: bool = False
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+
+class EngineKey(_Model):
+    """What an engine hangs on: two engines with the same key do the same on the same machines.
+
+    `source` is a SHA-256 of what was compiled, `target` the machine ("sm_90", "sm_80+sm_89", "cpu-x86_64-avx512"),
+    `version` that of the compiler, `cuda` CUDA's ("": none).
+    """
+
+    format: EngineFormat
+    source: str = Field(pattern=r"^[0-9a-f]{64}$")
+    target: str = Field(pattern=r"^[A-Za-z0-9_+.-]+$")
+    version: str
+    cuda: str
+    precision: Precision
+    profile: dict[str, Axis]
+    options: EngineOptions
+
+    @property
+    def file(self) -> str:
+        """The engine's file name: readable in front, and never the same for two keys."""
+        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return f"{self.format}-{self.target}-{digest[:16]}{SUFFIXES[self.format]}"
+
+
+class Engine(_Model):
+    """An engine of the bundle, under ENGINES. `check` None: nothing that could run it was there when it was built."""
+
+    key: EngineKey
+    seconds: float = Field(ge=0)
+    check: Check | None
+
+    @property
+    def path(self) -> str:
+        return f"{ENGINES}/{self.key.file}"
+
+
 class Totals(_Model):
     """The denoiser: parameters, those that are not zero, bytes, and MACs of one call at the default size, batch 1."""
 
@@ -114,6 +172,7 @@ class Manifest(_Model):
     outputs: list[Tensor]
     vae_scale: int = Field(ge=1)
     formats: dict[str, Check]
+    engines: list[Engine] = []
     dense: Totals
     totals: Totals
     files: dict[Annotated[str, AfterValidator(_inside)], File]
@@ -197,7 +256,8 @@ def open_bundle(bundle: str | Path) -> Manifest:
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    for needed in ("model_index.json", WEIGHTS, CONFIG, *((GRAPH,) if "onnx" in manifest.formats else ())):
+    graph = (GRAPH,) if "onnx" in manifest.formats else ()
+    for needed in ("model_index.json", WEIGHTS, CONFIG, *graph, *(engine.path for engine in manifest.engines)):
         if needed not in manifest.files:
             raise InputError(f"{bundle}: the manifest does not list {needed}")
     for name in folder_files(bundle):
@@ -215,12 +275,13 @@ def open_bundle(bundle: str | Path) -> Manifest:
     return manifest
 
 
-def list_files(folder: Path) -> dict[str, File]:
-    """Every file of the folder but the manifest, for the manifest.
+def list_files(folder: Path, *only: str) -> dict[str, File]:
+    """Every file of the folder but the manifest, for the manifest; with names, those alone.
 
     Raises InputError for a name that no bundle may hold.
     """
     found = {name: path for name, path in folder_files(folder).items() if name != MANIFEST}
+    found = {name: found[name] for name in only} if only else found
     for name in found:
         try:
             _inside(name)

@@ -4,25 +4,27 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from time import perf_counter
+from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from obsdiff import checkpoint
+from obsdiff.device import pick_device
 from obsdiff.errors import InputError
 from obsdiff.export import bundle as bundles
-from obsdiff.export import onnx
-from obsdiff.export.bundle import Axis, Manifest, Precision
+from obsdiff.export import engines, onnx, parity
+from obsdiff.export.bundle import Axis, Engine, EngineFormat, EngineOptions, Manifest, Precision
 from obsdiff.export.probe import probe
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
-from obsdiff.files import copy_files, folder_hash, write_json, write_tensors
+from obsdiff.files import copy_files, folder_hash, read_json, write_json, write_tensors
 from obsdiff.models import Input, size_of
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_denoiser, quiet_libraries
 from obsdiff.progress import Progress
 
-Format = Literal["onnx"]
+FORMATS = ("onnx", *get_args(EngineFormat))
 MARK = ".obsdiff-export"  # says that a .partial folder is ours to remove
 
 
@@ -34,25 +36,30 @@ def export(
     precision: Precision = "fp32",
     batch: str = "1:1:8",
     size: str | None = None,
+    options: EngineOptions | None = None,
+    device: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Compiles a dense or pruned diffusers pipeline into a bundle, and proves that it computes the same.
 
     `batch` counts images (a denoiser call with guidance takes twice that in many families), `size` pixels of a side,
-    both MIN:OPT:MAX; the size defaults to half, once and one and a half times the model's own. `force` replaces a
+    both MIN:OPT:MAX; the size defaults to half, once and one and a half times the model's own. Engines are built with
+    `options` for the `device` (cuda where there is one), or for the GPUs that the options name. `force` replaces a
     bundle that is there.
     Raises InputError when an argument is wrong; ObsdiffError when the result disagrees with PyTorch, and then
     nothing is written.
     """
     progress = progress or Progress()
     out = Path(bundle)
-    unknown = sorted(set(formats) - set(get_args(Format)))
-    if unknown:
-        raise InputError(f"--format {unknown[0]}: there is {', '.join(get_args(Format))}")
-    if precision not in onnx.DTYPES:
-        raise InputError(f"--precision {precision}: there are {', '.join(onnx.DTYPES)}")
-    if precision == "bf16":
+    if unknown := sorted(set(formats) - set(FORMATS)):
+        raise InputError(f"--format {unknown[0]}: there are {', '.join(FORMATS)}")
+    if precision not in parity.DTYPES:
+        raise InputError(f"--precision {precision}: there are {', '.join(parity.DTYPES)}")
+    graph = bool({"onnx", *engines.NEED_GRAPH} & set(formats))
+    compiled = [name for name in dict.fromkeys(formats) if name != "onnx"]
+    device = pick_device(device)
+    if precision == "bf16" and graph:
         raise InputError("--precision bf16: ONNX Runtime has no bf16 kernels for CPUs, so the graph cannot be checked")
     source = find_source(model)
     if variant := source.pipeline_variant:
@@ -62,8 +69,11 @@ def export(
     axes = make_axes(source, batch, size)
     work = _claim(out, force)
     try:
-        with progress.task("loading", 3 + 2 * len(formats)), quiet_libraries():
-            manifest = _build(source, work, list(formats), precision, axes, progress)
+        with progress.task("loading", 3 + 2 * (graph + len(compiled))), quiet_libraries():
+            manifest, expected = _build(source, work, graph, precision, axes, progress)
+            for name in compiled:
+                manifest = _compile(name, work, manifest, options or EngineOptions(), device, expected, progress)
+            write_json(work / MANIFEST, manifest.model_dump(mode="json"))
         (work / MARK).unlink()
         if out.exists():
             shutil.rmtree(out)
@@ -132,13 +142,9 @@ def _claim(out: Path, force: bool) -> Path:
 
 
 def _build(
-    source: Source,
-    work: Path,
-    formats: list[str],
-    precision: Precision,
-    axes: Mapping[str, Axis],
-    progress: Progress,
-) -> Manifest:
+    source: Source, work: Path, graph: bool, precision: Precision, axes: Mapping[str, Axis], progress: Progress
+) -> tuple[Manifest, list[Tensor]]:
+    """The bundle without engines in `work`, and what its denoiser gives at the shapes that are checked."""
     spec, config = source.spec, source.config
     info = checkpoint.read_info(source.path)
     if info:
@@ -146,24 +152,56 @@ def _build(
     denoiser = load_denoiser(source, torch.float32)
     progress.advance(1, "shrinking")
     shrink(denoiser, spec, info.groups if info else [])
-    shapes = onnx.check_shapes(axes)
-    expected = onnx.reference_outputs(denoiser, spec, config, shapes)
-    denoiser.to(onnx.DTYPES[precision])
+    shapes = parity.check_shapes(axes)
+    expected = parity.reference_outputs(denoiser, spec, config, shapes)
+    denoiser.to(parity.DTYPES[precision])
     progress.advance(1, "copying components")
     copy_files(source.path, work, skip=(spec.component, INFO, checkpoint.MASKS))
     (work / bundles.CONFIG).parent.mkdir()
     write_json(work / bundles.CONFIG, dict(config))
     write_tensors(work / bundles.WEIGHTS, {k: v.contiguous() for k, v in denoiser.state_dict().items()})
     checks = {}
-    for name in formats:
-        progress.advance(1, f"tracing to {name}")
+    if graph:
+        progress.advance(1, "tracing to onnx")
         onnx.export_onnx(denoiser, spec, config, axes, work / bundles.GRAPH)
-        progress.advance(1, f"checking {name}")
-        checks[name] = onnx.check_onnx(expected, spec, config, shapes, work / bundles.GRAPH, precision)
+        progress.advance(1, "checking onnx")
+        checks["onnx"] = onnx.check_onnx(expected, spec, config, shapes, work / bundles.GRAPH, precision)
     progress.advance(1, "hashing")
-    manifest = _manifest(source, info, denoiser, axes, precision, checks, work)
-    write_json(work / MANIFEST, manifest.model_dump(mode="json"))
-    return manifest
+    return _manifest(source, info, denoiser, axes, precision, checks, work), expected
+
+
+def _compile(
+    name: str,
+    work: Path,
+    manifest: Manifest,
+    options: EngineOptions,
+    device: str,
+    expected: Sequence[Tensor],
+    progress: Progress,
+) -> Manifest:
+    """The manifest with one more engine, which was built in `work` and, where this machine can run it, checked."""
+    form = engines.load_format(name)
+    key = form.make_key(manifest, options, device)
+    path = work / bundles.ENGINES / key.file
+    path.parent.mkdir(exist_ok=True)
+    progress.advance(1, f"building {name} for {key.target}")
+    start = perf_counter()
+    form.build(work, manifest, key, path, progress)
+    seconds = perf_counter() - start
+    check = None
+    if reason := form.misfit(key, device):
+        progress.message(f"the {name} engine for {key.target} was built and not run: {reason}")
+    else:
+        progress.advance(1, f"checking {name}")
+        denoise = form.open_engine(path, manifest, key, device)
+        config, shapes = read_json(work / bundles.CONFIG), parity.check_shapes(manifest.axes)
+        check = parity.compare(
+            denoise, expected, manifest.spec, config, shapes, manifest.precision, name=f"{name} engine", device=device
+        )
+    engines.mark_built(path)
+    engine = Engine(key=key, seconds=seconds, check=check)
+    files = manifest.files | bundles.list_files(work, engine.path)
+    return manifest.model_copy(update={"engines": [*manifest.engines, engine], "files": files})
 
 
 def _manifest(
@@ -176,9 +214,9 @@ def _manifest(
     work: Path,
 ) -> Manifest:
     spec = source.spec
-    dtype = str(onnx.DTYPES[precision]).removeprefix("torch.")
+    dtype = str(parity.DTYPES[precision]).removeprefix("torch.")
     groups = info.groups if info else []
-    default, itemsize = default_axes(source), onnx.DTYPES[precision].itemsize
+    default, itemsize = default_axes(source), parity.DTYPES[precision].itemsize
 
     def signature(entry: Input) -> bundles.Tensor:
         shape = tuple(axis if axis in axes else size_of(axis, source.config) for axis in entry.axes)

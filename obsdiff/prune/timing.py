@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from obsdiff.errors import InputError
-from obsdiff.files import read_json, write_json
+from obsdiff.files import cache_folder, read_json, write_json
 from obsdiff.models import ModelSpec, walk
 from obsdiff.models.shrink import shrink_block
 from obsdiff.models.walk import Stage
@@ -81,9 +80,8 @@ def time_groups(
 
 
 def cache_file() -> Path:
-    """Where block timings are kept: OBSDIFF_CACHE, or the user's cache folder."""
-    folder = os.environ.get("OBSDIFF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "obsdiff"
-    return Path(folder).expanduser() / "latency.json"
+    """Where block timings are kept."""
+    return cache_folder("latency.json")
 
 
 def _key(block: nn.Module, stage: Stage, inputs: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from obsdiff.files import read_json
 from obsdiff.hooks import defaults
 from obsdiff.models import size_of
 from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_pipeline
+from obsdiff.progress import Progress
 from obsdiff.runtime.backends import Denoise, choose_backend, load_backend
 
 if TYPE_CHECKING:
@@ -135,12 +136,19 @@ def check_sides(path: str | Path, sides: Mapping[str, Any]) -> None:
 
 
 def load(
-    path: str | Path, backend: str = "auto", device: str | None = None, *, manifest: Manifest | None = None
+    path: str | Path,
+    backend: str = "auto",
+    device: str | None = None,
+    *,
+    manifest: Manifest | None = None,
+    build: bool = True,
+    progress: Progress | None = None,
 ) -> "DiffusionPipeline":
     """A diffusers pipeline from a bundle, a pruned checkpoint, a diffusers folder, a hub id or `fashion`.
 
     A bundle is verified first (pass its `manifest` from open_bundle to verify once) and its denoiser runs on `backend`;
-    anything else runs in torch. The device defaults to cuda where there is one.
+    anything else runs in torch. The device defaults to cuda where there is one. An engine that the bundle lacks for
+    this machine is built into the user's cache, unless `build` is False.
     Raises InputError when the path, the backend or the device is wrong.
     """
     device = pick_device(device)
@@ -156,7 +164,7 @@ def load(
     source = bundle_source(folder, manifest)
     dtype = _dtype(manifest.precision, device)
     name = choose_backend(manifest, device) if backend == "auto" else backend
-    denoise = load_backend(name, folder, manifest, device)
+    denoise = load_backend(name, folder, manifest, device, build=build, progress=progress)
     engine = EngineDenoiser(denoise, manifest, source.config, device, dtype)
     pipe = load_pipeline(source, dtype, **{manifest.component: engine})
     pipe.obsdiff_backend = name

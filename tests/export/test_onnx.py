@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from obsdiff import checkpoint
 from obsdiff.checkpoint import GroupRecord
 from obsdiff.errors import InputError, ObsdiffError
-from obsdiff.export import onnx
+from obsdiff.export import onnx, parity
 from obsdiff.export.bundle import Axis, Precision, open_bundle
 from obsdiff.export.stage import export, make_axes
 from obsdiff.models.graph import random_inputs
@@ -73,7 +73,7 @@ def tiny_graph(
 
 def test_the_graph_computes_the_same_at_other_shapes(tiny_graph: tuple[nn.Module, Source, Path]) -> None:
     denoiser, source, path = tiny_graph
-    expected = onnx.reference_outputs(denoiser, SD3, source.config, SHAPES)
+    expected = parity.reference_outputs(denoiser, SD3, source.config, SHAPES)
     assert all(output.std() > 0.01 for output in expected)
     assert check(expected, source, path, SHAPES) < 1e-5
 
@@ -85,9 +85,9 @@ def test_the_embedded_model_computes_the_same_at_other_shapes(
     source = find_source("fashion" if variant == "dense" else pruned[variant])
     info = checkpoint.read_info(source.path)
     denoiser = load_denoiser(source, torch.float32)
-    wide = onnx.reference_outputs(denoiser, SD3, source.config, SHAPES)
+    wide = parity.reference_outputs(denoiser, SD3, source.config, SHAPES)
     shrink(denoiser, SD3, info.groups if info else [])
-    expected = onnx.reference_outputs(denoiser, SD3, source.config, SHAPES)
+    expected = parity.reference_outputs(denoiser, SD3, source.config, SHAPES)
     assert all((a - b).norm() < 1e-5 * a.norm() for a, b in zip(wide, expected, strict=True))
     assert check(expected, source, bundles[variant] / "denoiser" / "model.onnx", SHAPES) < 1e-5
 
@@ -145,7 +145,7 @@ def test_floor_division_needs_its_own_translation(
 def test_floor_division_is_right_where_the_difference_is_odd(one_block_sd3: Path, one_block_bundle: Path) -> None:
     source = find_source(one_block_sd3)
     shapes = [{"batch": 1, "height": 2 * h, "width": 2 * w, "tokens": 3} for h in range(2, 7) for w in range(2, 7)]
-    expected = onnx.reference_outputs(load_denoiser(source, torch.float32), SD3, source.config, shapes)
+    expected = parity.reference_outputs(load_denoiser(source, torch.float32), SD3, source.config, shapes)
     assert check(expected, source, one_block_bundle / "denoiser" / "model.onnx", shapes) < 1e-5
 
 
@@ -158,12 +158,12 @@ def one_block(one_block_sd3: Path) -> tuple[nn.Module, Source]:
 def test_a_graph_of_other_weights_is_refused(one_block: tuple[nn.Module, Source], one_block_bundle: Path) -> None:
     denoiser, source = one_block
     path = one_block_bundle / "denoiser" / "model.onnx"
-    shapes = onnx.check_shapes(make_axes(source, "1:1:8", None))
-    expected = onnx.reference_outputs(denoiser, SD3, source.config, shapes)
+    shapes = parity.check_shapes(make_axes(source, "1:1:8", None))
+    expected = parity.reference_outputs(denoiser, SD3, source.config, shapes)
     check(expected, source, path, shapes)
     with torch.no_grad():
         denoiser.transformer_blocks[0].ff.net[2].weight.mul_(1.01)
-    moved = onnx.reference_outputs(denoiser, SD3, source.config, shapes)
+    moved = parity.reference_outputs(denoiser, SD3, source.config, shapes)
     with pytest.raises(ObsdiffError, match=r"fp32 graph disagrees with PyTorch: relative error .* is more than 1e-04"):
         check(moved, source, path, shapes)
     with pytest.raises(ObsdiffError, match="disagrees"):  # one shape of two is enough
@@ -173,13 +173,13 @@ def test_a_graph_of_other_weights_is_refused(one_block: tuple[nn.Module, Source]
 def test_the_largest_difference_is_recorded(one_block: tuple[nn.Module, Source], one_block_bundle: Path) -> None:
     denoiser, source = one_block
     found = open_bundle(one_block_bundle).formats["onnx"]
-    expected = onnx.reference_outputs(denoiser, SD3, source.config, found.shapes)
+    expected = parity.reference_outputs(denoiser, SD3, source.config, found.shapes)
     path = one_block_bundle / "denoiser" / "model.onnx"
     expected[1][0, 0, 0, 0] += 1e-4
     moved = onnx.check_onnx(expected, SD3, source.config, found.shapes, path, "fp32")
     assert moved.max_difference == pytest.approx(1e-4, rel=0.05)
     assert found.max_difference < 1e-5
-    assert found.relative_error < moved.relative_error < found.tolerance == onnx.TOLERANCE["fp32"]
+    assert found.relative_error < moved.relative_error < found.tolerance == parity.TOLERANCE["fp32"]
 
 
 def test_nan_and_infinity_are_refused_with_the_way_out(
@@ -192,7 +192,7 @@ def test_nan_and_infinity_are_refused_with_the_way_out(
             value = onnx_format.numpy_helper.to_array(tensor) + np.float32("inf")
             tensor.CopyFrom(onnx_format.numpy_helper.from_array(value, tensor.name))
     onnx_format.save(model, tmp_path / "model.onnx")
-    expected = onnx.reference_outputs(denoiser, SD3, source.config, SHAPES[:1])
+    expected = parity.reference_outputs(denoiser, SD3, source.config, SHAPES[:1])
     with pytest.raises(ObsdiffError, match=r"the fp32 graph gives NaN or infinity at .* use --precision fp32"):
         check(expected, source, tmp_path / "model.onnx", SHAPES[:1])
 
@@ -303,7 +303,7 @@ AXES = {
 )
 def test_shapes_to_check_are_inside_the_ranges_and_not_the_traced_one(changes: dict[str, Axis]) -> None:
     axes = AXES | changes
-    shapes = onnx.check_shapes(axes)
+    shapes = parity.check_shapes(axes)
     assert all(axes[name].allows(size) for shape in shapes for name, size in shape.items())
     for name, axis in axes.items():
         assert (axis.min == axis.max) or any(shape[name] != axis.opt for shape in shapes)
@@ -317,7 +317,7 @@ def test_axes_of_a_single_size_are_traced_as_constants(one_block: tuple[nn.Modul
     fixed = {"batch": Axis(min=2, opt=2, max=2), "height": side, "width": side, "tokens": Axis(min=12, opt=12, max=12)}
     path = trace(denoiser, source, tmp_path / "model.onnx", fixed)
     shapes = [{"batch": 2, "height": 8, "width": 8, "tokens": 12}]
-    assert onnx.check_shapes(fixed) == shapes * 2
-    check(onnx.reference_outputs(denoiser, SD3, source.config, shapes), source, path, shapes)
+    assert parity.check_shapes(fixed) == shapes * 2
+    check(parity.reference_outputs(denoiser, SD3, source.config, shapes), source, path, shapes)
     dims = onnx_format.load(path).graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_value for dim in dims] == [2, 8, 8, 8]

@@ -96,7 +96,7 @@ def test_the_same_export_gives_the_same_bytes(graphless: Path, one_block_sd3: Pa
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"formats": ["coreml"]}, "--format coreml: there is onnx"),
+        ({"formats": ["coreml"]}, "--format coreml: there are onnx"),
         ({"formats": ["onnx", ""]}, "--format : there is onnx"),
         ({"precision": "int8"}, "--precision int8: there are fp32, fp16, bf16"),
         ({"precision": "bf16"}, "--precision bf16: ONNX Runtime has no bf16"),

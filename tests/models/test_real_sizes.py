@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from obsdiff.export import onnx
+from obsdiff.export import onnx, parity
 from obsdiff.export.bundle import Axis
 from obsdiff.models import walk
 from obsdiff.models.shrink import shrink
@@ -108,7 +108,7 @@ def solve_one(denoiser: nn.Module, source: Source, stage: Stage) -> float:
     layer, recipe = walk.linear(denoiser, name), make_recipe(source, {"solver": "obs", "device": "cpu"})
     hessian = Hessian(layer.weight.shape[1], "cpu")
     handle = layer.register_forward_pre_hook(lambda _layer, args: hessian.add(args[0].flatten(0, -2), 1.0))
-    onnx.reference_outputs(denoiser, source.spec, source.config, [AXES])
+    parity.reference_outputs(denoiser, source.spec, source.config, [AXES])
     handle.remove()
     solved = solve_stage(
         stage, {(name,): [hessian]}, Problem(denoiser, source.spec, recipe, dict(denoiser.state_dict()))
@@ -142,7 +142,7 @@ def test_one_real_block_is_pruned_shrunk_and_exported(name: str, real_sizes: Any
     dims |= {"image": Axis(min=4, opt=16, max=64)}
     axes = {axis: dims[axis] for axis in source.spec.axes(source.config)}
     shapes = [AXES]
-    expected = onnx.reference_outputs(denoiser, source.spec, source.config, shapes)
+    expected = parity.reference_outputs(denoiser, source.spec, source.config, shapes)
     assert all(output.isfinite().all() and output.std() > 0 for output in expected)
     onnx.export_onnx(denoiser, source.spec, source.config, axes, tmp_path / "model.onnx")
     check = onnx.check_onnx(expected, source.spec, source.config, shapes, tmp_path / "model.onnx", "fp32")

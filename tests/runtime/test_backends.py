@@ -12,7 +12,7 @@ from obsdiff.export.bundle import Manifest, open_bundle
 from obsdiff.models.graph import TensorDenoiser, random_inputs
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.source import find_source, load_denoiser
-from obsdiff.runtime.backends import BACKENDS, choose_backend, load_backend
+from obsdiff.runtime.backends import MODULES, choose_backend, load_backend
 
 SHAPES = [
     {"batch": 1, "height": 8, "width": 8, "tokens": 12},
@@ -26,7 +26,7 @@ def manifest(one_block_bundle: Path) -> Manifest:
     return open_bundle(one_block_bundle)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", list(MODULES))
 def test_every_backend_computes_what_the_diffusers_module_does(
     one_block_sd3: Path, one_block_bundle: Path, manifest: Manifest, backend: str
 ) -> None:
@@ -43,7 +43,7 @@ def test_every_backend_computes_what_the_diffusers_module_does(
         assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", list(MODULES))
 def test_results_do_not_share_memory(
     one_block_sd3: Path, one_block_bundle: Path, manifest: Manifest, backend: str
 ) -> None:
