@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format docs
 
 demo: $(VENV)/ready
 	$(BIN)/obsdiff demo demo
@@ -16,10 +16,15 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages in docs/, as a site in site/.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch is named by its exact version with all the rest: any other request resolves to gigabytes of CUDA packages.
 $(VENV)/ready: pyproject.toml constraints.txt

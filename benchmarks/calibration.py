@@ -15,15 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from obsdiff.demo import unseen_prompts
 from obsdiff.measure import quality
 from obsdiff.measure.environment import environment
+from obsdiff.measure.fashion import unseen_captions
 from obsdiff.prune.stage import prune
 from obsdiff.runtime.generate import call_options
 from obsdiff.runtime.pipeline import load
 
 CALIBRATION: dict[str, Any] = {"num_prompts": 32, "steps": 12, "batch_size": 16, "guidance_scale": 4.0}
-PROMPTS, SEEDS = unseen_prompts(32), range(1000, 1032)
+PROMPTS, SEEDS = unseen_captions(32), range(1000, 1032)
 HALF: dict[str, Any] = {"pattern": "2:4"}
 SPARSE: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.6}
 UNITS: dict[str, Any] = {"pattern": "structured", "sparsity": 0.3}

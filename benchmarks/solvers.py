@@ -179,7 +179,7 @@ def reinvert(weight: Tensor, hessian: Tensor, heads: int, keep: int, every: bool
     return alive
 
 
-def block(prompts: int, steps: int) -> None:
+def block_times(prompts: int, steps: int, device: str = "cpu", heads: int = 24) -> dict[str, Any]:
     """A random SD3 of the medium's width, a joint block to prune and one behind it, 1024 image and 333 text tokens.
 
     Plain: for each of four packages the sampler runs again, every linear collects its own Hessian, OBS solves.
@@ -197,7 +197,7 @@ def block(prompts: int, steps: int) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = make_model(folder / "model", heads=24, layers=2, position_size=64)
+        model = make_model(folder / "model", heads=heads, layers=2, position_size=64)
         (model / "generation_config.json").write_text(
             json.dumps({"max_sequence_length": 333 - 12, "prompt_tokens": 333})
         )
@@ -211,16 +211,17 @@ def block(prompts: int, steps: int) -> None:
             "width": 256,
             "blocks": "0:1",
             "batch_size": 1,
-            "device": "cpu",
+            "device": device,
+            "dtype": "float32",
         }
 
         def calibrate(**changes: Any) -> calibration.Calibration:
             recipe = make_recipe(source, {**options, "solver": "obs", **changes})
-            pipe = load_pipeline(source, torch.float32)
-            batches = calibration.encode_prompts(pipe, source.spec, recipe, "cpu")
-            sampler, denoiser = calibration.sampler_of(pipe, "cpu"), pipe.components["transformer"]
+            pipe = load_pipeline(source, torch.float32).to(device)
+            batches = calibration.encode_prompts(pipe, source.spec, recipe, device)
+            sampler, denoiser = calibration.sampler_of(pipe, device), pipe.components["transformer"]
             return calibration.Calibration(
-                sampler, denoiser, source.spec, batches, recipe, "cpu", folder, lambda *_: None
+                sampler, denoiser, source.spec, batches, recipe, device, folder, lambda *_: None
             )
 
         start = time.perf_counter()
@@ -234,7 +235,7 @@ def block(prompts: int, steps: int) -> None:
             for (linear,), hessians in collector.hessians.items():
                 module = walk.linear(run.denoiser, linear)
                 module.weight.data = solve(module.weight.data, mean(hessians).hessian, NM(2, 4), "obs").weight
-        plain, plain_weights = time.perf_counter() - start, dict(run.denoiser.named_parameters())
+        plain, plain_weights = time.perf_counter() - start, run.denoiser.state_dict()
 
         start = time.perf_counter()
         prune(model, folder / "ours", pattern="2:4", solver="alps", calibration="stream", call_share=0.25, **options)
@@ -245,20 +246,33 @@ def block(prompts: int, steps: int) -> None:
         collector = calibration.Collector(fresh, [shared for package in packages for shared in package.linears])
         with collector.listening():
             calibration.run_batches(fresh, collector)
-        rows: list[tuple[str, float, float]] = []
+        rows: list[dict[str, Any]] = []
         for shared, hessians in collector.hessians.items():
             for linear in shared:
                 weight, hessian = walk.linear(fresh.denoiser, linear).weight.data, mean(hessians).hessian
-                both = plain_weights[f"{linear}.weight"], pruned[f"{linear}.weight"]
-                rows.append(
-                    (linear, relative_error(weight, both[0], hessian), relative_error(weight, both[1], hessian))
-                )
-        print(f"2:4, all {len(rows)} linears of a 1536-wide joint block, {prompts} prompts, {steps} steps")
-        print(f"  plain: {plain:.0f} s, ours: {ours:.0f} s, {ours / plain:.2f} of it")
-        for linear, slow, fast in rows:
-            print(f"  {linear}: error on fresh inputs {slow:.4f} plain, {fast:.4f} ours, {fast / slow:.3f}")
-        slow, fast = sum(row[1] for row in rows) / len(rows), sum(row[2] for row in rows) / len(rows)
-        print(f"  mean error on fresh inputs {slow:.4f} plain, {fast:.4f} ours")
+                both = plain_weights[f"{linear}.weight"], pruned[f"{linear}.weight"].to(device)
+                slow, fast = (relative_error(weight, one, hessian) for one in both)
+                rows.append({"linear": linear, "plain_error": slow, "error": fast})
+    return {
+        "prompts": prompts,
+        "steps": steps,
+        "plain_s": plain,
+        "ours_s": ours,
+        "plain_error": sum(row["plain_error"] for row in rows) / len(rows),
+        "error": sum(row["error"] for row in rows) / len(rows),
+        "rows": rows,
+    }
+
+
+def block(prompts: int, steps: int) -> None:
+    found = block_times(prompts, steps)
+    plain, ours, rows = found["plain_s"], found["ours_s"], found["rows"]
+    print(f"2:4, all {len(rows)} linears of a 1536-wide joint block, {prompts} prompts, {steps} steps")
+    print(f"  plain: {plain:.0f} s, ours: {ours:.0f} s, {ours / plain:.2f} of it")
+    for row in rows:
+        slow, fast = row["plain_error"], row["error"]
+        print(f"  {row['linear']}: error on fresh inputs {slow:.4f} plain, {fast:.4f} ours, {fast / slow:.3f}")
+    print(f"  mean error on fresh inputs {found['plain_error']:.4f} plain, {found['error']:.4f} ours")
 
 
 def main() -> None:

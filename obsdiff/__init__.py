@@ -18,13 +18,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from obsdiff.errors import GateError, InputError, ObsdiffError
     from obsdiff.export.stage import export
+    from obsdiff.measure.evaluate import evaluate
     from obsdiff.measure.latency import bench
+    from obsdiff.measure.tune import tune
     from obsdiff.prune.stage import prune
     from obsdiff.runtime.pipeline import load
 
 _HOME = {
     "load": "obsdiff.runtime.pipeline",
     "bench": "obsdiff.measure.latency",
+    "tune": "obsdiff.measure.tune",
+    "evaluate": "obsdiff.measure.evaluate",
     "ObsdiffError": "obsdiff.errors",
     "InputError": "obsdiff.errors",
     "GateError": "obsdiff.errors",
@@ -32,7 +36,7 @@ _HOME = {
 
 _STAGES = ("prune", "export")  # packages that can be called: see obsdiff.callable
 
-__all__ = ["GateError", "InputError", "ObsdiffError", "bench", "export", "load", "prune"]
+__all__ = ["GateError", "InputError", "ObsdiffError", "bench", "evaluate", "export", "load", "prune", "tune"]
 
 
 def __getattr__(name: str) -> Any:

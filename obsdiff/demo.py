@@ -5,16 +5,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from obsdiff.checkpoint import CheckpointInfo
 from obsdiff.errors import InputError
+from obsdiff.export.bundle import Totals, read_manifest
 from obsdiff.export.inspect import inspect
+from obsdiff.export.receipt import read_receipt
 from obsdiff.export.stage import export
 from obsdiff.measure import fashion, quality, report
 from obsdiff.measure.environment import environment
+from obsdiff.measure.intervals import mean_interval
 from obsdiff.measure.latency import bench
-from obsdiff.models.source import DATA
+from obsdiff.measure.reproduce import export_command, prune_command
+from obsdiff.measure.results import Metric
 from obsdiff.progress import Progress
-from obsdiff.prune.recipe import read_prompts
 from obsdiff.prune.stage import prune
 from obsdiff.runtime.generate import call_options
 from obsdiff.runtime.pipeline import load
@@ -77,17 +82,17 @@ def demo(out: str | Path, progress: Progress | None = None) -> Path:
     for plan in PLANS:
         _export(plan, out, progress)
     paths = {plan.folder: _path(plan, out) for plan in PLANS}
-    drawn, numbers = _draw(paths, progress)
+    drawn, metrics = _draw(paths, progress)
     timed = [plan for plan in PLANS if plan.exported]
-    latency: dict[str, dict[str, report.Latency]] = {plan.folder: {} for plan in PLANS}
+    latency: dict[str, list[report.Latency]] = {plan.folder: [] for plan in PLANS}
     with progress.task("timing", len(BATCHES)):
         for batch, runs in BATCHES.items():
             progress.advance(1, f"timing batch {batch}")
             found = bench([paths[plan.folder] for plan in timed], batch_size=batch, runs=runs, warmup=1, memory=False)
             for plan, row in zip(timed, found["results"], strict=True):
-                latency[plan.folder][f"batch {batch}"] = _latency(row)
+                latency[plan.folder].append(_latency(batch, row))
     variants = [
-        _variant(plan, out, infos[plan.folder], drawn[plan.folder], numbers[plan.folder], latency[plan.folder])
+        _variant(plan, out, infos[plan.folder], drawn[plan.folder], metrics[plan.folder], latency[plan.folder])
         for plan in PLANS
     ]
     target = out / "report.html"
@@ -115,44 +120,49 @@ def _path(plan: Plan, out: Path) -> Path:
     return out / ("bundles" if plan.exported else "checkpoints") / plan.folder
 
 
-def unseen_prompts(count: int = 64) -> list[str]:
-    """Captions with an item and a colour that no calibration used, spread over the whole grammar."""
-    seen = set(read_prompts(DATA / "prompts" / "fashion.txt"))
-    pool = [
-        caption
-        for caption in dict.fromkeys(fashion.captions())
-        if caption not in seen and None not in fashion.parse_caption(caption)
-    ]
-    return pool[:: max(1, len(pool) // count)][:count]
-
-
 def _draw(
     paths: Mapping[str, Path], progress: Progress
-) -> tuple[dict[str, quality.Drawn], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, quality.Drawn], dict[str, dict[str, Metric]]]:
     """Pictures of every variant for the same prompts and seeds, the shown ones first, and how good they are."""
-    prompts = [*SHOWN, *unseen_prompts(UNSEEN)]
+    prompts = [*SHOWN, *fashion.unseen_captions(UNSEEN)]
     seeds = range(SEED, SEED + len(prompts))
     drawn: dict[str, quality.Drawn] = {}
-    numbers: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, Metric]] = {}
+    classifier = fashion.load_classifier()
     with progress.task("drawing", len(paths)):
         for folder, path in paths.items():
             progress.advance(1, f"drawing {folder}")
             pipe = load(path)
             drawn[folder] = quality.draw(pipe, prompts, seeds, call_options(pipe, path), batch_size=16)
-            numbers[folder] = {
-                "latent_error": quality.latent_error(drawn[folder], drawn["dense"]),
-                **fashion.accuracy(quality.as_tensor(drawn[folder].images), prompts),
+            pictures = quality.as_tensor(drawn[folder].images)
+            hits = [
+                fashion.accuracy(picture[None], [prompt], classifier)
+                for picture, prompt in zip(pictures, prompts, strict=True)
+            ]
+            metrics[folder] = {
+                name: _metric([hit[name] for hit in hits], "higher", share=True)
+                for name in ("item_accuracy", "colour_accuracy")
             }
-    return drawn, numbers
+            if folder != "dense":
+                dense = drawn["dense"].latents
+                errors = (drawn[folder].latents - dense).square().mean((1, 2, 3)) / dense.var()
+                metrics[folder]["latent_error"] = _metric(errors.tolist(), "lower")
+    return drawn, metrics
 
 
-def _latency(row: Mapping[str, Any]) -> report.Latency:
+def _metric(values: list[float], better: Any, share: bool = False) -> Metric:
+    mean, low, high = mean_interval(np.array(values), share)
+    return Metric(value=mean, low=low, high=high, images=len(values), better=better)
+
+
+def _latency(batch: int, row: Mapping[str, Any]) -> report.Latency:
     return report.Latency(
+        group=f"batch {batch}",
         backend=row["backend"],
         median_ms=row["median_ms"],
         p90_ms=row["p90_ms"],
-        denoiser_ms=row["stages_ms"]["denoiser_call"],
         images_per_second=row["images_per_second"],
+        denoiser_ms=row["stages_ms"]["denoiser_call"],
     )
 
 
@@ -161,34 +171,32 @@ def _variant(
     out: Path,
     info: CheckpointInfo | None,
     drawn: quality.Drawn,
-    numbers: Mapping[str, float],
-    latency: Mapping[str, report.Latency],
+    metrics: Mapping[str, Metric],
+    latency: list[report.Latency],
 ) -> report.Variant:
-    totals = inspect(_path(plan, out))["totals"]
+    path = _path(plan, out)
+    totals = inspect(path)["totals"]
+    dense, here = (Totals(**{name: pair[k] for name, pair in totals.items()}) for k in (0, 1))
+    manifest = read_manifest(path) if plan.exported else None
+    made = [prune_command(info.recipe, info.base, f"checkpoints/{plan.folder}")] if info else []
+    if manifest:
+        origin = f"checkpoints/{plan.folder}" if info else MODEL
+        made.append(export_command(manifest, origin, f"bundles/{plan.folder}"))
     return report.Variant(
         name=plan.name,
-        note=_command(plan),
+        note="" if info else "The embedded model as it was trained.",
         images=drawn.images[: len(SHOWN)],
-        **{name: totals[name][1] for name in ("parameters", "nonzero", "macs", "bytes")},
-        quality=numbers,
+        metrics=metrics,
         latency=latency,
         layers=[
             report.Layer(layer.name, layer.error, layer.sparsity)
             for layer in (info.layers if info else [])
             if layer.error is not None
         ],
-    )
-
-
-def _command(plan: Plan) -> str:
-    if plan.options is None:
-        return "the embedded model as it was trained"
-    options = {**plan.options, **CALIBRATION}
-    return " ".join(
-        [
-            "obsdiff prune fashion OUT",
-            *(f"--{name.replace('_', '-')} {value}" for name, value in options.items()),
-        ]
+        totals=here,
+        dense=dense,
+        receipt=read_receipt(path, manifest) if manifest else None,
+        commands=made,
     )
 
 
@@ -196,10 +204,11 @@ def _report(variants: list[report.Variant]) -> report.Report:
     return report.Report(
         title="One model, pruned six ways",
         summary="The same small text-to-image model before and after one-shot pruning: what it draws, what it costs.",
-        prompts=SHOWN,
-        seed=SEED,
         variants=variants,
-        environment=environment(),
+        reference=variants[0].name,
+        prompts=SHOWN,
+        seeds=range(SEED, SEED + len(SHOWN)),
+        environments=[("", environment())],
         commands=(
             (
                 "Prune your own pipeline (a diffusers folder or a hub id)",
@@ -209,7 +218,9 @@ def _report(variants: list[report.Variant]) -> report.Report:
             ("Compile it", "obsdiff export pruned bundle --format onnx"),
             ("Draw with it", 'obsdiff run bundle "a red ankle boot" --out boot.png --seed 0'),
             ("Time it against the dense model", "obsdiff bench MODEL bundle"),
+            ("Make a page like this one", "obsdiff report pruned bundle --out report.html"),
         ),
+        what_for="Do the same to your own model",
         notes=NOTES,
     )
 

@@ -19,14 +19,14 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def after_steps(scheduler: Any, tell: Callable[[], None]) -> Iterator[None]:
-    """Calls `tell` after every step of the sampler while the body runs: not every pipeline has callbacks."""
+def step_results(scheduler: Any, take: Callable[[Any], None]) -> Iterator[None]:
+    """Hands `take` what every step of the sampler returns while the body runs: not every pipeline has callbacks."""
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines look at its signature: whether it takes a generator, for one
     def told(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        tell()
+        take(result)
         return result
 
     scheduler.step = told
@@ -34,3 +34,8 @@ def after_steps(scheduler: Any, tell: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         del scheduler.step
+
+
+def after_steps(scheduler: Any, tell: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """Calls `tell` after every step of the sampler while the body runs."""
+    return step_results(scheduler, lambda _: tell())

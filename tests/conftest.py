@@ -115,6 +115,16 @@ def one_block_bundle(one_block_sd3: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
+def graphed(one_block_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the model with one block whose decoder and text encoders are graphs too. To read or copy."""
+    from obsdiff.export.stage import export
+
+    bundle = tmp_path_factory.mktemp("bundles") / "graphed"
+    export(one_block_sd3, bundle, components=["denoiser", "vae", "text_encoders"])
+    return bundle
+
+
+@pytest.fixture(scope="session")
 def graphless(one_block_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the model with one block, without a graph: it runs on the torch backend alone. To read or copy."""
     from obsdiff.export.stage import export

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from obsdiff.measure import fashion
+from obsdiff.prune.solvers import NM, is_nm
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("families", "real_sizes", "prune_memory", "serving", "structured_speed", "train_fashion")
+SCRIPTS = ("families", "gpu", "real_sizes", "prune_memory", "serving", "structured_speed", "train_fashion")
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +166,63 @@ def test_rows_become_a_table() -> None:
         "| --- | --- | --- | --- | --- |",
         "| noise |  |  | 1.235 |  |",
     ]
+
+
+def run_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, found: dict[str, int], *options: str) -> None:
+    """benchmarks/gpu.py with two parts that count their calls: the first works, the second fails."""
+    gpu = script("gpu")
+
+    def works() -> dict[str, object]:
+        found["works"] = found.get("works", 0) + 1
+        return {"rows": [{"variant": "2:4", "ms": 1.23456}]}
+
+    def fails() -> dict[str, object]:
+        found["fails"] = found.get("fails", 0) + 1
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(gpu, "parts", lambda _small: iter([gpu.Part("works", 1, works), gpu.Part("fails", 1, fails)]))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--out", str(out), *options])
+    gpu.main()
+
+
+def test_the_gpu_benchmark_keeps_each_part_and_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, int] = {}
+    run_gpu(monkeypatch, tmp_path, found)
+    run_gpu(monkeypatch, tmp_path, found)
+    assert found == {"works": 1, "fails": 1}, "what is there is not measured again, what failed only when asked"
+    run_gpu(monkeypatch, tmp_path, found, "--again")
+    assert found == {"works": 1, "fails": 2}
+    state = json.loads((tmp_path / "gpu.json").read_text())
+    assert state["parts"]["works"]["rows"] == [{"variant": "2:4", "ms": 1.23456}]
+    assert "out of memory" in state["parts"]["fails"]["failed"]
+    assert "| 2:4 | 1.235 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_gpu_benchmark_leaves_out_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "DEVICE", "cuda")
+    monkeypatch.setattr(gpu, "parts", lambda _small: iter([gpu.Part("long", 30, lambda: pytest.fail("begun"))]))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--minutes", "20"])
+    gpu.main()
+    assert not (tmp_path / "gpu.json").exists()
+
+
+@pytest.mark.parametrize("name", ["sd3-medium", "flux.1-dev"])
+def test_real_denoisers_in_small_are_what_they_say(name: str) -> None:
+    gpu, models = script("gpu"), script("gpu_models")
+    source = script("real_sizes").read_source(name, **gpu.SMALL[name])
+    inputs = models.call_inputs(source, 64, 2, torch.float32, "cpu")
+    sizes = []
+    for variant in models.VARIANTS:
+        module = models.build(source, variant, "cpu", torch.float32)
+        output = models.eager(module, source, inputs)()
+        assert output.isfinite().all()
+        sizes.append(sum(parameter.numel() for parameter in module.parameters()))
+        if variant == "2:4":
+            weights = [module.get_submodule(one).weight for one in models.prunable(module, source)]
+            assert all(is_nm(weight != 0, NM(2, 4)) for weight in weights)
+    assert sizes[0] == sizes[1] > sizes[2] > sizes[3]
+    wanted = set(models.prunable(module, source))
+    assert wanted <= {gemm.name for gemm in models.products(source, inputs)}

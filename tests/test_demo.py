@@ -1,10 +1,10 @@
 """The demo: the whole path on a small model, made once and used again."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from page import Page
 
 from obsdiff import demo
 from obsdiff.checkpoint import read_info
@@ -12,9 +12,7 @@ from obsdiff.demo import Plan
 from obsdiff.errors import InputError
 from obsdiff.export.bundle import open_bundle
 from obsdiff.files import folder_files
-from obsdiff.measure import fashion
 from obsdiff.progress import Progress
-from obsdiff.prune.recipe import read_prompts
 
 PLANS = (
     Plan("dense", "dense", None, True),
@@ -47,13 +45,14 @@ def test_the_demo_makes_a_report_and_uses_what_is_there(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     first, again = Listening(), Listening()
     assert demo.demo(out, first) == out / "report.html"
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert len(re.findall(r'<img src="data:image/png;base64,', page)) == 2 * len(PLANS)
-    for name in ("dense", "50 % magnitude", "structured &lt;30 %&gt;"):
-        assert f"</span>{name}</th>" in page
-    assert all(prompt in page for prompt in demo.SHOWN)
-    assert "--solver magnitude" in page
-    assert "batch 16" in page
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert len(page.pictures()) == 2 * len(PLANS)
+    assert {plan.name for plan in PLANS} <= set(page.text["th"])
+    assert all(prompt in page.text["option"] for prompt in demo.SHOWN)
+    assert "--solver magnitude" in page.words("pre", "span")
+    assert "Latent error, batch 16" in page.text["option"]
+    assert len(page.all("svg")) == 3 * 2 + 1  # each metric at each batch, and the errors
+    assert "24 pictures" in page.words("small")
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"half", "structured"}
     assert {path.name for path in (out / "bundles").iterdir()} == {"dense", "structured"}
     for path in (out / "bundles").iterdir():
@@ -94,13 +93,3 @@ def test_the_plans_cover_what_the_report_compares() -> None:
     magnitude = {options["pattern"] for options in pruned if options.get("solver") == "magnitude"}
     assert magnitude == {"2:4", "unstructured"}
     assert json.dumps(demo.CALIBRATION)
-
-
-def test_unseen_prompts_are_in_no_calibration_and_name_both() -> None:
-    prompts = demo.unseen_prompts()
-    assert len(prompts) == len(set(prompts)) == 64
-    assert not set(prompts) & set(read_prompts(demo.DATA / "prompts" / "fashion.txt"))
-    parsed = [fashion.parse_caption(prompt) for prompt in prompts]
-    assert all(None not in pair for pair in parsed)
-    assert len({item for item, _ in parsed}) == len({colour for _, colour in parsed}) == 10
-    assert len(demo.unseen_prompts(5)) == 5

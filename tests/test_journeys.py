@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from obsdiff.export.bundle import EngineOptions
 from obsdiff.export.stage import export
 from obsdiff.models import FAMILIES
 from obsdiff.prune.stage import prune
@@ -40,7 +41,8 @@ def test_from_a_model_to_pictures(family: str, tiny_model: Callable[[str], Path]
     model, checkpoint, bundle = tiny_model(family), tmp_path / "checkpoint", tmp_path / "bundle"
     info = prune(model, checkpoint, **{**OPTIONS, **CHANGES.get(family, {})})
     assert info.groups
-    manifest = export(checkpoint, bundle)
+    manifest = export(checkpoint, bundle, formats=("onnx", "tensorrt-rtx"), options=EngineOptions(sm=("86",)))
+    assert [engine.key.target for engine in manifest.engines] == ["sm_86"], "no GPU is needed to build it"
     assert manifest.totals.parameters < manifest.dense.parameters
     assert manifest.totals.nonzero < 0.9 * manifest.totals.parameters
     wanted = latents(checkpoint, "torch")

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from obsdiff.cli import bench, demo, export, inspect, models, prune, run, serve, triton
+from obsdiff.cli import bench, demo, eval, export, inspect, models, prune, report, run, serve, triton, tune
 from obsdiff.cli.show import fail
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     "* obsdiff run bundle 'a red ankle boot' --out boot.png\n\n"
     "MODEL is a local diffusers folder, a hub id, or `fashion`, the small model that ships with obsdiff.",
 )
-for module in (demo, prune, export, inspect, run, serve, bench, triton, models):
+for module in (demo, prune, export, inspect, tune, run, serve, bench, eval, report, triton, models):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

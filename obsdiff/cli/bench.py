@@ -1,21 +1,27 @@
 """obsdiff bench"""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from obsdiff.cli.options import Backend, Device, Guidance, Json, Side, Steps
-from obsdiff.cli.show import ShownProgress, human, print_json, print_table
+from obsdiff.cli import bench_kinds as kinds
+from obsdiff.cli.options import Device, Guidance, Json, NoBuild, Side, Steps
 
-# Which options go with which kind of bench; the others go with all of them.
+# Which options go with which kind of bench; --json goes with all of them.
 TIMED = {"batch_size", "runs"}
-PATHS = {"backend", "height", "width", "device"}
+DRAWN = {"steps", "guidance_scale", "warmup", "out"}
+PATHS = {"backend", "no_build", "height", "width", "device"}
 SCENARIO = {"scenario", "bound"}
 LOADED = {"model", "size", "clients", "api_key_file", "timeout", "plot"}
 COUNTED = {"requests", "rate"}
-ALLOWED = {"PATH": PATHS | TIMED, "--url": LOADED | COUNTED, "--scenario": PATHS | SCENARIO | COUNTED}
+ALLOWED = {
+    "PATH": DRAWN | PATHS | TIMED,
+    "--url": DRAWN | LOADED | COUNTED,
+    "--scenario": DRAWN | PATHS | SCENARIO | COUNTED,
+    "--compare": {"compare"},
+}
 
 
 def command(
@@ -30,9 +36,13 @@ def command(
     ] = None,
     scenario: Annotated[
         str | None,
-        typer.Option(help="One path as MLPerf would: single-stream (p90), offline (images/s), server (p99)."),
+        typer.Option(help="Paths as MLPerf would: single-stream (p90), offline (images/s), server (p99)."),
     ] = None,
-    backend: Backend = "auto",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="What the denoiser of a bundle runs on, as in obsdiff run; repeatable. [default: auto]"),
+    ] = None,
+    no_build: NoBuild = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
     steps: Steps = None,
     guidance_scale: Guidance = None,
@@ -51,7 +61,11 @@ def command(
     ] = None,
     bound: Annotated[
         float | None,
-        typer.Option(min=0.001, help="With --scenario server: seconds that p99 must keep, or the exit code is 3."),
+        typer.Option(
+            min=0.001,
+            help="With --scenario server: seconds that p99 must keep, or the exit code is 3. Without --rate, "
+            "the highest rate that keeps it is searched.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="With --url: the model to ask for. [default: the server's]")] = None,
     size: Annotated[str | None, typer.Option(help="With --url: WIDTHxHEIGHT. [default: the server's]")] = None,
@@ -64,46 +78,66 @@ def command(
         typer.Option(help="With --url: latency against throughput, as x.png, .svg or .pdf.", show_default=False),
     ] = None,
     device: Device = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write everything that was measured to this JSON file.", show_default=False)
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="In the place of paths: two files of --out, A and B; how fast B is beside A."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Time pipelines side by side, run by run in turn, or put load on a server.
 
-    The first path is what the others are compared with. Times are per batch; memory is the peak of a fresh process.
-    `--backend` is for bundles; anything else runs in torch.
+    The first row is what the others are compared with: each run with the one beside it, and the range that the
+    speed-up lies in with 95 % confidence. Times are per batch; memory is the peak of a fresh process.
+    With several `--backend`, every path runs on each that it can run on; what is no bundle runs in torch.
+    Warnings tell when other processes, heat or drifting clocks make the numbers doubtful.
 
     With `--url`, each `--clients` and each `--rate` is a level of load, with as many `--requests`. Clients wait for
     their answers, so they slow down with the server; arrivals do not, and their latency counts from when they were
-    due. Ctrl-C reports what was measured so far.
+    due. Ctrl-C reports, and writes to `--out`, what was measured so far; the exit code is then 130.
 
     Example: obsdiff bench dense-bundle pruned-bundle --batch-size 4 --runs 20
 
+    Example: obsdiff bench dense-bundle pruned-bundle --backend onnxruntime --backend torch --out today.json
+
+    Example: obsdiff bench --compare yesterday.json today.json
+
     Example: obsdiff bench --url http://localhost:8000 --clients 1 --clients 4 --rate 2 --plot load.png
     """
-    _check_usage(context, paths or [], url, scenario)
+    _check_usage(context, paths or [], url, scenario, compare)
+    if compare:
+        return kinds.compare(*compare, json)
+    if out:
+        kinds.check_out(out)
     shared: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     sides: dict[str, Any] = {"height": height, "width": width}
-    where: dict[str, Any] = {"backend": backend, "device": device, "warmup": warmup}
+    where: dict[str, Any] = {"backend": backend or ["auto"], "device": device, "warmup": warmup, "build": not no_build}
     if url:
         levels = {"clients": clients or (), "rates": rate or (), "requests": requests, "warmup": warmup}
         fields = {"model": model, "size": size, "timeout": timeout}
-        return _load(url, api_key_file, plot, json, {**levels, **fields, **shared})
+        return kinds.load(url, api_key_file, plot, out, json, {**levels, **fields, **shared})
     if scenario:
         asked = {"requests": requests, "bound": bound}
-        return _scenario((paths or [])[0], scenario, rate or [], json, {**asked, **where, **shared, **sides})
-    return _paths(paths or [], json, {"batch_size": batch_size, "runs": runs, **where, **shared, **sides})
+        return kinds.scenario(paths or [], scenario, rate or [], out, json, {**asked, **where, **shared, **sides})
+    return kinds.paths(paths or [], out, json, {"batch_size": batch_size, "runs": runs, **where, **shared, **sides})
 
 
-def _check_usage(context: typer.Context, paths: list[Path], url: str | None, scenario: str | None) -> None:
+def _check_usage(
+    context: typer.Context, paths: list[Path], url: str | None, scenario: str | None, compare: Sequence[Path] | None
+) -> None:
     """One kind of bench, and only its options. Raises InputError."""
     from obsdiff.errors import InputError
 
-    if bool(paths) == bool(url):
-        raise InputError("give paths or --url, one of the two: bundle paths are timed here, a URL is put under load")
+    if bool(paths) + bool(url) + bool(compare) != 1:
+        raise InputError(
+            "give paths or --url or --compare, one of them: paths are timed here, a URL is put under load, "
+            "files that were written with --out are compared"
+        )
     if url and scenario:
         raise InputError("--scenario is for a path: leave --url out, or measure it with --clients and --rate")
-    if scenario and len(paths) > 1:
-        raise InputError("--scenario takes one path")
-    kind = "--url" if url else "--scenario" if scenario else "PATH"
+    kind = "--compare" if compare else "--url" if url else "--scenario" if scenario else "PATH"
     known = set().union(*ALLOWED.values())
     for name in context.params:
         source = context.get_parameter_source(name)
@@ -111,99 +145,3 @@ def _check_usage(context: typer.Context, paths: list[Path], url: str | None, sce
         if given and name in known - ALLOWED[kind]:
             homes = " or ".join(home for home, names in ALLOWED.items() if name in names)
             raise InputError(f"--{name.replace('_', '-')} goes with {homes}, not with {kind}")
-
-
-def _load(url: str, api_key_file: Path | None, plot: Path | None, json: bool, options: Mapping[str, Any]) -> None:
-    from obsdiff.errors import InputError
-
-    try:
-        from obsdiff.measure.load import Level, check_plot, load_test, plot_load, read_key
-    except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'obsdiff[serve]'") from None
-
-    if plot:
-        check_plot(plot)
-    key = read_key(api_key_file) if api_key_file else None
-    result = load_test(url, key=key, progress=ShownProgress(), **options)
-    if plot:
-        plot_load(result["results"], plot)
-    if json:
-        print_json(result)
-    else:
-        print_table(
-            ("load", "requests", "answered", "median", "p90", "p99", "images/s", "errors"),
-            [
-                (
-                    Level(row["clients"], row["rate"]).words,
-                    str(row["requests"]),
-                    str(row["answered"]),
-                    *(_ms(row[name]) for name in ("median_ms", "p90_ms", "p99_ms")),
-                    f"{row['images_per_second']:.2f}",
-                    ", ".join(f"{count} × {kind}" for kind, count in row["errors"].items()) or "none",
-                )
-                for row in result["results"]
-            ],
-        )
-    if result["interrupted"]:
-        raise KeyboardInterrupt
-
-
-def _ms(value: float | None) -> str:
-    return "none" if value is None else f"{value:.1f} ms"
-
-
-def _scenario(path: Path, name: str, rates: list[float], json: bool, options: Mapping[str, Any]) -> None:
-    from obsdiff.errors import GateError, InputError
-    from obsdiff.measure.scenarios import run_scenario
-
-    if len(rates) > 1:
-        raise InputError("--rate: a scenario takes one")
-    result = run_scenario(path, name, rate=rates[0] if rates else None, progress=ShownProgress(), **options)
-    if json:
-        print_json(result)
-    else:
-        print_table(
-            ("scenario", "backend", "batch", "median", "p90", "p99", "images/s"),
-            [
-                (
-                    name,
-                    result["backend"],
-                    str(result["max_batch_size"]),
-                    *(_ms(result[quantile]) for quantile in ("median_ms", "p90_ms", "p99_ms")),
-                    f"{result['images_per_second']:.2f}",
-                )
-            ],
-        )
-    if result["within_bound"] is False:
-        bound = result["settings"]["bound"]
-        raise GateError(f"p99 is {result['p99_ms'] / 1e3:.3g} s: not within the bound of {bound:g} s")
-
-
-def _paths(paths: list[Path], json: bool, options: Mapping[str, Any]) -> None:
-    from obsdiff.measure.latency import STAGES, bench
-
-    progress = ShownProgress()
-    result = bench(paths, progress=progress, **options)
-    backends = dict.fromkeys(row["backend"] for row in result["results"])
-    if len(backends) > 1:
-        progress.message(f"the speed-up mixes backends ({', '.join(backends)}): export the dense model too")
-    if json:
-        return print_json(result)
-    first = result["results"][0]["median_ms"]
-    stages = [stage.replace("_", " ") for stage in STAGES]
-    print_table(
-        ("path", "backend", "median", "p90", "p99", "speed-up", *stages, "images/s", "memory"),
-        [
-            (
-                row["path"],
-                row["backend"],
-                *(_ms(row[name]) for name in ("median_ms", "p90_ms", "p99_ms")),
-                f"{first / row['median_ms']:.2f}×",
-                *(f"{row['stages_ms'][stage]:.2f} ms" for stage in STAGES),
-                f"{row['images_per_second']:.2f}",
-                human(row["peak_memory_bytes"], "B"),
-            )
-            for row in result["results"]
-        ],
-    )
-    return None

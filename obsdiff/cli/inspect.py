@@ -1,7 +1,7 @@
 """obsdiff inspect"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,8 @@ def command(
 
     Per layer: shape, sparsity, which N:M pattern it really has, heads or neurons that stay, what `auto` took, relative
     output error on the calibration inputs. In total: parameters, MACs of one denoiser call (one image, the model's own
-    size), bytes.
+    size), bytes. Of a bundle its receipt: which products of matrices have 2:4 weights and can run on sparse tensor
+    cores, or why not, which were seen to, and how long they took dense and sparse.
 
     Example: obsdiff inspect pruned
     """
@@ -59,4 +60,45 @@ def command(
                 for layer in found["layers"]
             ],
         )
+    if found.get("receipt"):
+        _show_receipt(found["receipt"])
+    if found.get("gemms"):
+        _show_gemms(found["gemms"])
     return None
+
+
+def _show_receipt(receipt: dict[str, Any]) -> None:
+    typer.echo(f"\n{receipt['sentence']}.")
+    print_table(
+        ("product", "shape", "rows", "MACs", "2:4", "kernel", "dense ms", "sparse ms", "why not sparse"),
+        [
+            (
+                layer["name"],
+                "×".join(map(str, layer["shape"])),
+                str(layer["rows"]),
+                f"{layer['macs_share']:.1%}",
+                "yes" if layer["nm_valid"] else "no",
+                layer["kernel"],
+                *("-" if layer[key] is None else f"{layer[key]:.3f}" for key in ("dense_ms", "sparse_ms")),
+                layer["reason"] or "-",
+            )
+            for layer in receipt["layers"]
+        ],
+    )
+
+
+def _show_gemms(table: dict[str, Any]) -> None:
+    typer.echo(f"\nproducts timed on {table['device']}, torch {table['torch']}: layers that are not faster stay dense")
+    print_table(
+        ("out×in", "rows", "dtype", "dense ms", "sparse ms"),
+        [
+            (
+                "×".join(map(str, entry["shape"])),
+                str(entry["rows"]),
+                entry["dtype"],
+                f"{entry['dense_ms']:.4f}",
+                "-" if entry["sparse_ms"] is None else f"{entry['sparse_ms']:.4f}",
+            )
+            for entry in table["entries"]
+        ],
+    )

@@ -7,7 +7,21 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Bundle = Annotated[Path, typer.Argument(help="A bundle; a model or checkpoint folder, a hub id or `fashion` work too.")]
-Backend = Annotated[str, typer.Option(help="auto, torch or onnxruntime: what the denoiser of a bundle runs on.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="What the denoiser of a bundle runs on: auto, torch, torch-sparse, onnxruntime, onnxruntime-tensorrt, "
+        "tensorrt, tensorrt-rtx, torch-tensorrt or aoti. auto is what obsdiff tune recorded for this device; else the "
+        "first that is ready, without building anything, of tensorrt, torch-tensorrt, onnxruntime, torch on CUDA, and "
+        "of onnxruntime, torch on a CPU."
+    ),
+]
+NoBuild = Annotated[
+    bool,
+    typer.Option(
+        "--no-build", help="Do not build an engine that the bundle lacks for this machine, which can take minutes."
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1 ... [default: cuda where there is one]", show_default=False),

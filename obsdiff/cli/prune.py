@@ -108,6 +108,17 @@ def command(
     ] = None,
     include: Annotated[str, typer.Option(help="Only layers whose full name matches this expression.")] = "",
     exclude: Annotated[str, typer.Option(help="Not the layers whose full name matches this expression.")] = "",
+    only_faster: Annotated[
+        bool,
+        typer.Option(
+            "--only-faster",
+            help="2:4: leave layers dense whose sparse product is no faster, measured on this GPU (or --gemm-table).",
+        ),
+    ] = False,
+    gemm_table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="only-faster: times from another machine, as it keeps them in ~/.cache/obsdiff/gemms."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
     device: Device = None,
     dtype: Annotated[
@@ -143,12 +154,18 @@ def command(
             ("checkpoint", str(out)),
             ("pattern, solver", f"{info.recipe['pattern']}, {info.recipe['solver']}"),
             ("pruned linears", f"{len(info.layers)} with {human(entries)} weights"),
+            *([("left dense", _left(info))] if info.recipe["left_dense"] else []),
             ("zeros in them", f"{zeros / entries:.1%}"),
             *_stays(info),
             ("relative output error", f"mean {sum(errors) / len(errors):.4f}, worst {max(errors):.4f}"),
         ],
     )
     return None
+
+
+def _left(info: "CheckpointInfo") -> str:
+    left, table = info.recipe["left_dense"], info.recipe["gemm_table"]
+    return f"{len(left)}: 2:4 makes them no faster on {table['device']}"
 
 
 def _stays(info: "CheckpointInfo") -> list[tuple[str, str]]:

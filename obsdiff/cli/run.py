@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from obsdiff.cli.options import Backend, Bundle, Device, Guidance, Json, Side, Steps
+from obsdiff.cli.options import Backend, Bundle, Device, Guidance, Json, NoBuild, Side, Steps
 from obsdiff.cli.show import ShownProgress, print_json
 
 
@@ -23,6 +23,7 @@ def command(
     width: Side = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     backend: Backend = "auto",
+    no_build: NoBuild = False,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -48,7 +49,7 @@ def command(
     paths = output_paths(out, len(prompt))
     check_sides(bundle, overrides)
     with progress.task("loading", 1 + len(prompt)):
-        pipe = load(bundle, backend, device)
+        pipe = load(bundle, backend, device, build=not no_build, progress=progress)
         options = call_options(pipe, bundle, overrides)
         who = identity(bundle)
         pictures = []

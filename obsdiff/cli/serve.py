@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from obsdiff.cli.options import Backend, Device
+from obsdiff.cli.options import Backend, Device, NoBuild
 
 
 def command(
@@ -13,6 +13,7 @@ def command(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
     backend: Backend = "auto",
+    no_build: NoBuild = False,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once, within the bundle's range.")] = 8,
     max_queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait; beyond it the answer is 429.")] = 64,
     max_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that a batch waits for company.")] = 5,
@@ -41,6 +42,7 @@ def command(
         host,
         port,
         backend=backend,
+        build=not no_build,
         device=device,
         max_batch_size=max_batch_size,
         max_queue=max_queue,

@@ -111,7 +111,7 @@ class ShownProgress(base.Progress):
 
     def _say(self, note: str) -> None:
         """Without a terminal: what is new about the step, up to its colon, and nothing twice."""
-        step = re.sub(r"(: solving) .*", r"\1", note)
+        step = re.sub(r"(: solving) .*| \(\d+ of \d+\)$", r"\1", note)
         if not err.is_terminal and step != self._last:
             err.print(Text(step), soft_wrap=True)
             self._last = step

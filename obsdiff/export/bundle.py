@@ -5,6 +5,7 @@ BUNDLE/
   model_index.json, generation_config.json, and the untouched diffusers components
   denoiser/config.json, model.safetensors     the shrunk weights; `groups` in the manifest rebuilds the module
   denoiser/model.onnx (+ model.onnx.data past 2 GB)
+  vae/model.onnx, text_encoder/model.onnx     those components' graphs, where they were asked for
   engines/               what was compiled ahead of time, each for one kind of machine
   receipt.json           which products of matrices can run sparse, and which were seen to
 """
@@ -101,6 +102,33 @@ class Check(_Model):
     tolerance: float
 
 
+class Graph(_Model):
+    """A text encoder's or the VAE decoder's graph, in its component's folder.
+
+    An output is named after where it stands in what the component returns (`output.hidden_states.-2`), the decoder's
+    is `sample`. `constants` are the other arguments that the pipeline calls it with. The height and width of an output
+    are `scale` times those of the input.
+    """
+
+    inputs: list[Tensor] = Field(min_length=1)
+    outputs: list[Tensor] = Field(min_length=1)
+    constants: dict[str, bool | int | float | str]
+    axes: dict[str, Axis]
+    scale: int = Field(ge=1)
+    check: Check
+
+    @model_validator(mode="after")
+    def _says_its_axes(self) -> "Graph":
+        named = {axis for entry in (*self.inputs, *self.outputs) for axis in entry.axes if isinstance(axis, str)}
+        if named != set(self.axes) or not named <= {axis for entry in self.inputs for axis in entry.axes}:
+            raise ValueError("the axes are not those of the inputs and outputs")
+        return self
+
+
+def component_graph(name: str) -> str:
+    return f"{name}/model.onnx"
+
+
 class EngineOptions(_Model):
     """What a user may ask of an engine. `sm`: the GPUs it is for, such as "89"; none: the machine that builds it."""
 
@@ -147,6 +175,23 @@ class Engine(_Model):
         return f"{ENGINES}/{self.key.file}"
 
 
+class Tuned(_Model):
+    """What `obsdiff tune` found on one device: the fastest backend of those that were right.
+
+    `kind`, `name` and `target` are those of obsdiff.device.describe. `shapes` are of denoiser calls, in latents;
+    `milliseconds` the median of a call at each of them, for every backend that was right.
+    """
+
+    kind: str
+    name: str
+    target: str
+    threads: int = Field(ge=1)
+    shapes: list[dict[str, int]]
+    backend: str
+    milliseconds: dict[str, list[float]]
+    versions: dict[str, str]
+
+
 class Totals(_Model):
     """The denoiser: parameters, those that are not zero, bytes, and MACs of one call at the default size, batch 1."""
 
@@ -173,6 +218,8 @@ class Manifest(_Model):
     vae_scale: int = Field(ge=1)
     formats: dict[str, Check]
     engines: list[Engine] = []
+    graphs: dict[str, Graph] = {}
+    tuned: list[Tuned] = []
     dense: Totals
     totals: Totals
     files: dict[Annotated[str, AfterValidator(_inside)], File]
@@ -180,6 +227,8 @@ class Manifest(_Model):
     @model_validator(mode="after")
     def _fits_its_family(self) -> "Manifest":
         spec = self.spec
+        if odd := sorted(set(self.graphs) - set(self.components)):
+            raise ValueError(f"{odd[0]!r} has a graph and is no component")
         if self.component != spec.component:
             raise ValueError(f"the denoiser of a {spec.family} pipeline is its {spec.component}, not {self.component}")
         known = {entry.name: _dynamic(entry.axes) for entry in spec.inputs}
@@ -256,7 +305,7 @@ def open_bundle(bundle: str | Path) -> Manifest:
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    graph = (GRAPH,) if "onnx" in manifest.formats else ()
+    graph = ((GRAPH,) if "onnx" in manifest.formats else ()) + tuple(map(component_graph, manifest.graphs))
     for needed in ("model_index.json", WEIGHTS, CONFIG, *graph, *(engine.path for engine in manifest.engines)):
         if needed not in manifest.files:
             raise InputError(f"{bundle}: the manifest does not list {needed}")

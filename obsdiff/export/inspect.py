@@ -8,6 +8,7 @@ from torch import Tensor
 
 from obsdiff import checkpoint
 from obsdiff.export.bundle import WEIGHTS, open_bundle
+from obsdiff.export.receipt import read_receipt, say
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
 from obsdiff.models import walk
 from obsdiff.models.source import MANIFEST, Source, find_source, meta_denoiser
@@ -18,6 +19,9 @@ PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8))
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """What `obsdiff inspect` prints: `about`, `totals` as [dense, here] pairs, and a row for each pruned layer.
+
+    Of a bundle also the `receipt`, with the `sentence` that sums it up, or None; of a checkpoint the `gemms` that were
+    timed to choose its layers (obsdiff.measure.gemms), or None.
 
     Raises InputError when the path is no model, checkpoint or bundle, or does not agree with its own records.
     """
@@ -62,6 +66,7 @@ def _inspect_source(source: Source) -> dict[str, Any]:
             "pattern": info.recipe["pattern"],
             "solver": info.recipe["solver"],
             "calibration": f"{len(info.recipe['prompts'])} prompts, {info.recipe['steps']} steps",
+            **_say_left(info.recipe),
             "after export": "heads and neurons that were pruned are gone" if groups else "same shapes, with zeros",
         }
     return {
@@ -72,6 +77,7 @@ def _inspect_source(source: Source) -> dict[str, Any]:
             "macs": [dense.macs, here.macs],
             "bytes": [size, size],
         },
+        "gemms": info.recipe.get("gemm_table") if info else None,
         "layers": [
             {
                 **layer.model_dump(),
@@ -83,6 +89,12 @@ def _inspect_source(source: Source) -> dict[str, Any]:
     }
 
 
+def _say_left(recipe: dict[str, Any]) -> dict[str, str]:
+    """How many layers --only-faster left dense, and where they were timed."""
+    left, table = recipe.get("left_dense"), recipe.get("gemm_table")
+    return {"left dense": f"{len(left)} layers: no faster on {table['device']}"} if left and table else {}
+
+
 def _say_weights(source: Source, stored: checkpoint.TensorFiles) -> str:
     """The dtypes that are stored, and which variant's they are when there are no plain ones."""
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()}))
@@ -92,9 +104,11 @@ def _say_weights(source: Source, stored: checkpoint.TensorFiles) -> str:
 def _inspect_bundle(bundle: Path) -> dict[str, Any]:
     manifest = open_bundle(bundle)
     dense, here = manifest.dense, manifest.totals
-    recipe = manifest.recipe or {}
+    recipe, receipt = manifest.recipe or {}, read_receipt(bundle, manifest)
     axes = {name: manifest.say_range(name) for name in manifest.axes}
     checks = {f"{name} against PyTorch": f"{check.relative_error:.1e}" for name, check in manifest.formats.items()}
+    graphs = {f"{name} (onnx)": graph.check for name, graph in manifest.graphs.items()}
+    checks |= {f"{name} against PyTorch": f"{check.relative_error:.1e}" for name, check in graphs.items()}
     return {
         "about": {
             "kind": "bundle",
@@ -116,4 +130,5 @@ def _inspect_bundle(bundle: Path) -> dict[str, Any]:
         },
         "layers": [],
         "groups": [record.model_dump() for record in manifest.groups],
+        "receipt": {"sentence": say(receipt.summary), **receipt.model_dump(mode="json")} if receipt else None,
     }

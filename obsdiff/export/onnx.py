@@ -4,7 +4,7 @@ import contextlib
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from obsdiff.errors import ObsdiffError, first_line
 from obsdiff.export.bundle import Axis, Check, Precision
 from obsdiff.export.parity import compare
+from obsdiff.export.program import dynamic_axes, traced_sizes
+from obsdiff.export.widen import widened
 from obsdiff.models import Input, ModelSpec, graph
 
 OPSET = 20  # 23 emits Attention and RMSNormalization, which TensorRT-RTX parses and then fails to build
@@ -27,22 +29,33 @@ def export_onnx(
 
     Raises ObsdiffError with the exporter's reason when the denoiser cannot be traced.
     """
-    dtype = next(denoiser.parameters()).dtype
-    traced = {name: axis.opt for name, axis in axes.items()} | {"batch": max(2, axes["batch"].min)}
-    inputs = graph.random_inputs(spec, config, traced, dtype)
-    dims = {name: _dim(name, axis) for name, axis in axes.items()}
-    dynamic = tuple(
-        {i: dims[axis] for i, axis in enumerate(entry.axes) if axis in dims and dims[axis] is not None}
-        for entry in spec.graph_inputs(config)
-    )
+    write_graph(graph.TensorDenoiser(denoiser, spec), "the denoiser", [spec.output.name], spec, config, axes, path)
+
+
+def write_graph(
+    module: nn.Module,
+    name: str,
+    outputs: Sequence[str],
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    axes: Mapping[str, Axis],
+    path: Path,
+) -> list[str]:
+    """Traces a module that takes the spec's inputs in their order, and returns what dtypes come out.
+
+    `name` says what it is. Raises ObsdiffError with the exporter's reason when it cannot be traced.
+    """
+    dtype = next(module.parameters()).dtype
+    inputs = graph.random_inputs(spec, config, traced_sizes(axes), dtype)
+    dynamic = dynamic_axes(spec, config, axes)
     with _quiet(), _exact_zeros():
         try:
             program = torch.onnx.export(
-                graph.TensorDenoiser(denoiser, spec).eval(),
+                module.eval(),
                 tuple(inputs.values()),
                 dynamo=True,
                 input_names=list(inputs),
-                output_names=[spec.output.name],
+                output_names=list(outputs),
                 dynamic_shapes={"inputs": dynamic},
                 opset_version=OPSET,
                 custom_translation_table={operator.floordiv: _floordiv(), torch.ops.aten.squeeze.dim: _squeeze()},
@@ -50,11 +63,12 @@ def export_onnx(
             )
         except Exception as error:  # the exporter's errors share no base class
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ObsdiffError(f"the denoiser could not be traced to ONNX: {reason}") from error
+            raise ObsdiffError(f"{name} could not be traced to ONNX: {reason}") from error
         assert program is not None
         _check_dynamic(program.model.graph.inputs, dynamic, spec.graph_inputs(config))
-        size = sum(p.numel() * p.element_size() for p in denoiser.parameters())
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
         program.save(path, external_data=size > PROTOBUF_LIMIT)
+    return [str(value.dtype.numpy()) for value in program.model.graph.outputs if value.dtype]
 
 
 def _check_dynamic(values: Sequence[Any], dynamic: Sequence[Mapping[int, Any]], entries: Sequence[Input]) -> None:
@@ -75,34 +89,39 @@ def check_onnx(
 ) -> Check:
     """Runs the graph in ONNX Runtime on the inputs that gave `expected` in PyTorch, float32.
 
+    A bf16 graph is run with its weights rounded to bf16 and float32 in between: the CPU has no bf16 kernels.
     Raises ObsdiffError when the graph does not load or run, gives NaN, or is further off than the precision explains.
     """
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(4)  # errors come back as exceptions; printed too, they come twice
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-        raise ObsdiffError(f"ONNX Runtime does not load the {precision} graph: {first_line(error)}") from None
+    run = open_graph(path, precision)
 
     def denoise(**inputs: Tensor) -> Tensor:
-        feeds = {name: onnxruntime.OrtValue.from_dlpack(value.__dlpack__()) for name, value in inputs.items()}
-        try:
-            (result,) = session.run_with_ort_values(None, feeds)
-        except Exception as error:
-            shapes = {name: list(value.shape) for name, value in inputs.items()}
-            raise ObsdiffError(f"ONNX Runtime fails at {shapes}: {first_line(error)}") from None
-        return torch.from_dlpack(result)
+        (result,) = run(**inputs)
+        return result
 
     return compare(denoise, expected, spec, config, shapes, precision, name="graph")
 
 
-def _dim(name: str, axis: Axis) -> Any:
-    """A torch.export dimension; None for an axis with a single size, which is traced as a constant."""
-    if axis.min == axis.max:
-        return None
-    units = torch.export.Dim(name, min=axis.min // axis.multiple, max=axis.max // axis.multiple)
-    return axis.multiple * units if axis.multiple > 1 else units
+def open_graph(path: Path, precision: Precision) -> Callable[..., list[Tensor]]:
+    """The graph as a function of its inputs by name, on the CPU, for checks. Raises ObsdiffError as check_onnx does."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)  # errors come back as exceptions; printed too, they come twice
+    try:
+        with widened(path) if precision == "bf16" else contextlib.nullcontext(path) as runnable:
+            session = onnxruntime.InferenceSession(str(runnable), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+        raise ObsdiffError(f"ONNX Runtime does not load the {precision} graph: {first_line(error)}") from None
+
+    def run(**inputs: Tensor) -> list[Tensor]:
+        inputs = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in inputs.items()}
+        feeds = {name: onnxruntime.OrtValue.from_dlpack(value.__dlpack__()) for name, value in inputs.items()}
+        try:
+            return [torch.from_dlpack(result) for result in session.run_with_ort_values(None, feeds)]
+        except Exception as error:
+            shapes = {name: list(value.shape) for name, value in inputs.items()}
+            raise ObsdiffError(f"ONNX Runtime fails at {shapes}: {first_line(error)}") from None
+
+    return run
 
 
 def _floordiv() -> Any:

@@ -18,6 +18,14 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 
+class NotFiniteError(ObsdiffError):
+    """An output is NaN or infinite for the random inputs of `seed`."""
+
+    def __init__(self, message: str, seed: int):
+        super().__init__(message)
+        self.seed = seed
+
+
 def check_shapes(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
     """Shapes to check at: inside the ranges, other than the traced one, not square, different batches."""
 
@@ -35,11 +43,16 @@ def check_shapes(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
 
 
 def reference_outputs(
-    denoiser: nn.Module, spec: ModelSpec, config: Mapping[str, Any], shapes: Sequence[Mapping[str, int]]
+    denoiser: nn.Module,
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    shapes: Sequence[Mapping[str, int]],
+    seeds: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """What the float32 denoiser gives in PyTorch for the random inputs that `compare` uses."""
+    """What the float32 denoiser gives in PyTorch for the random inputs that `compare` uses, or for some of them."""
     outputs = []
-    for seed, axes in enumerate(shapes):
+    for seed in range(len(shapes)) if seeds is None else seeds:
+        axes = shapes[seed]
         inputs = graph.random_inputs(spec, config, axes, seed=seed)
         with torch.no_grad():
             try:
@@ -69,9 +82,9 @@ def compare(
         inputs = graph.random_inputs(spec, config, axes, DTYPES[precision], seed=seed)
         got = denoise(**{key: value.to(device) for key, value in inputs.items()}).float().cpu()
         if not got.isfinite().all():
-            raise ObsdiffError(
-                f"the {precision} {name} gives NaN or infinity at {say_axes(axes)}: use --precision fp32"
-            )
+            wider = {"fp16": "--precision bf16, which has float32's range", "bf16": "--precision fp32"}.get(precision)
+            advice = f"use {wider}" if wider else "the model itself overflows"
+            raise NotFiniteError(f"the {precision} {name} gives NaN or infinity at {say_axes(axes)}: {advice}", seed)
         difference = got - wanted
         worst = max(worst, difference.abs().max().item())
         relative = max(relative, (difference.norm() / wanted.norm()).item())
@@ -85,6 +98,35 @@ def compare(
         relative_error=relative,
         tolerance=tolerance,
     )
+
+
+def find_overflow(
+    denoiser: nn.Module, spec: ModelSpec, config: Mapping[str, Any], shapes: Sequence[Mapping[str, int]], seed: int
+) -> str:
+    """The first module, in forward order, whose output is beyond fp16's largest number; "" where none is.
+
+    Runs the denoiser in float32 on the random inputs of `seed`, and leaves it in float32.
+    """
+    largest = torch.finfo(torch.float16).max
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs = output if isinstance(output, (tuple, list)) else [output]
+            tensors = [value for value in outputs if isinstance(value, Tensor) and value.is_floating_point()]
+            if not found and any(not bool((value.abs() <= largest).all()) for value in tensors):
+                found.append(name)
+
+        return hook
+
+    modules = [(name, module) for name, module in denoiser.float().named_modules() if name]
+    hooks = [module.register_forward_hook(look(name)) for name, module in modules]
+    try:
+        reference_outputs(denoiser, spec, config, shapes, [seed])
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else ""
 
 
 def say_axes(axes: Mapping[str, int]) -> str:

@@ -163,6 +163,15 @@ def calibration_captions(count: int = 128, seed: int = 0) -> list[str]:
     return chosen
 
 
+def unseen_captions(count: int = 64) -> list[str]:
+    """Captions with an item and a colour that no calibration used, spread over the whole grammar: 515 at most."""
+    seen = set(calibration_captions())
+    pool = [
+        caption for caption in dict.fromkeys(captions()) if caption not in seen and None not in parse_caption(caption)
+    ]
+    return pool[:: max(1, len(pool) // count)][:count]
+
+
 class Classifier(nn.Module):
     """A small CNN with two heads: which item, which colour."""
 

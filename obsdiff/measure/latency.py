@@ -14,10 +14,12 @@ import torch
 
 from obsdiff.device import pick_device
 from obsdiff.errors import InputError, ObsdiffError
+from obsdiff.measure.conditions import Span, Watch
 from obsdiff.measure.environment import environment
+from obsdiff.measure.pairs import Pair, backend_list, check_paths, load_pairs
+from obsdiff.measure.ratios import paired_ratio
 from obsdiff.progress import Progress
-from obsdiff.runtime.generate import call_options, generate, known_prompt
-from obsdiff.runtime.pipeline import check_sides, load
+from obsdiff.runtime.generate import generate, known_prompt
 
 PROMPT = "a photo of a red ankle boot"
 STAGES = ("text_encoding", "denoising_loop", "denoiser_call", "decode")
@@ -26,7 +28,8 @@ STAGES = ("text_encoding", "denoising_loop", "denoiser_call", "decode")
 def bench(
     paths: Sequence[str | Path],
     *,
-    backend: str = "auto",
+    backend: str | Sequence[str] = "auto",
+    build: bool = True,
     batch_size: int = 1,
     runs: int = 10,
     warmup: int = 2,
@@ -35,49 +38,91 @@ def bench(
     progress: Progress | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Draws the same batch with every path in turn and times it; the order rotates from run to run.
+    """Draws the same batch with every path on every backend in turn and times it; the order rotates from run to run.
 
-    Overrides are the pipeline's own options (num_inference_steps, height, ...). Returns `environment`, `settings` and
-    `results`: for each path milliseconds per batch (median, p90, p99), per stage medians, images per second, and the
-    peak memory of a fresh process that loads it and draws one batch (resident, or the GPU allocator's).
-    Raises InputError when a path or an option is wrong.
+    Overrides are the pipeline's own options (num_inference_steps, height, ...). Returns `kind` "bench", `environment`,
+    `settings`, `conditions` (see Watch.conditions), `warnings`, `interrupted`, and `results`: for each path and backend
+    milliseconds per batch (median, p90, p99), per stage medians, images per second, `ratio` (how many times as fast as
+    the first, see paired_ratio), what the GPU did, and the peak memory of a fresh process that loads it and draws one
+    batch (resident, or the GPU allocator's). Ctrl-C during the runs ends it with those that were whole.
+    Raises InputError when a path or an option is wrong; a backend that one path has nothing for is left out for it.
     """
     if not paths or batch_size < 1 or runs < 1 or warmup < 0:
         raise InputError("a bench needs at least one path, one run and one picture")
     progress = progress or Progress()
     device = pick_device(device)
-    for path in paths:
-        check_sides(path, overrides)
-    with progress.task("loading", len(paths) * (1 + memory + warmup + runs)):
-        pipes, options = [], []
-        for path in paths:
-            progress.advance(1, f"loading {path}")
-            pipes.append(load(path, backend, device))
-            options.append(call_options(pipes[-1], path, overrides))
-        peaks: list[int | None] = [None] * len(paths)
-        if memory:
-            for k, path in enumerate(paths):
-                progress.advance(1, f"memory of {path}")
-                peaks[k] = peak_memory(path, backend, device, batch_size, overrides)
-        samples: list[list[dict[str, float]]] = [[] for _ in paths]
-        for run in range(-warmup, runs):
-            for turn in range(len(paths)):
-                k = (turn + run) % len(paths)
-                progress.advance(1, "warming up" if run < 0 else f"run {run + 1}/{runs}")
-                sample = time_batch(pipes[k], batch_size, options[k])
-                if run >= 0:
-                    samples[k].append(sample)
+    backends = backend_list(backend)
+    check_paths(paths, overrides)
+    asked, each = len(paths) * len(backends), memory + warmup + runs
+    with progress.task("loading", asked * (1 + each)):
+        pairs = load_pairs(paths, backends, device, overrides, progress, build)
+        progress.advance((asked - len(pairs)) * each)
+        peaks: list[int | None] = [None] * len(pairs)
+        for k, pair in enumerate(pairs if memory else []):
+            progress.advance(1, f"memory of {pair.path}")
+            peaks[k] = peak_memory(pair.path, pair.asked, device, batch_size, overrides)
+        watch = Watch(device)
+        samples, spans, interrupted = _time_all(pairs, batch_size, runs, warmup, watch, progress)
+    during = [watch.during(span) for span in spans]
     results = [
         {
-            "path": str(path),
-            "backend": getattr(pipe, "obsdiff_backend", "torch"),
+            **pair.label,
             **summarise(sample, batch_size),
+            **_ratio(samples[0], sample),
+            "gpu": seen,
             "peak_memory_bytes": peak,
         }
-        for path, pipe, sample, peak in zip(paths, pipes, samples, peaks, strict=True)
+        for pair, sample, seen, peak in zip(pairs, samples, during, peaks, strict=True)
+        if sample
     ]
-    settings = {"batch_size": batch_size, "runs": runs, "warmup": warmup, "device": device, **options[0]}
-    return {"environment": environment(), "settings": settings, "results": results}
+    settings = {"batch_size": batch_size, "runs": runs, "warmup": warmup, "device": device, **pairs[0].options}
+    warnings = watch.warnings(during)
+    for warning in warnings:
+        progress.message(f"warning: {warning}")
+    return {
+        "kind": "bench",
+        "environment": environment(device),
+        "settings": settings,
+        "conditions": watch.conditions(),
+        "warnings": warnings,
+        "interrupted": interrupted,
+        "results": results,
+    }
+
+
+def _time_all(
+    pairs: Sequence[Pair], batch_size: int, runs: int, warmup: int, watch: Watch, progress: Progress
+) -> tuple[list[list[dict[str, float]]], list[list[Span]], bool]:
+    """Every pair's samples, when they were taken, and whether Ctrl-C ended it; `watch` watches all but the warm-up."""
+    interrupted = False
+    samples: list[list[dict[str, float]]] = [[] for _ in pairs]
+    spans: list[list[Span]] = [[] for _ in pairs]
+
+    def rounds(numbers: range) -> None:
+        for run in numbers:
+            for turn in range(len(pairs)):
+                k = (turn + run) % len(pairs)
+                progress.advance(1, "warming up" if run < 0 else f"run {run + 1}/{runs}")
+                begin = time.perf_counter()
+                sample = time_batch(pairs[k].pipe, batch_size, pairs[k].options)
+                if run >= 0:
+                    samples[k].append(sample)
+                    spans[k].append((begin, time.perf_counter()))
+
+    rounds(range(-warmup, 0))
+    with watch:
+        try:
+            rounds(range(runs))
+        except KeyboardInterrupt:
+            if not samples[0]:
+                raise
+            interrupted = True
+    return samples, spans, interrupted
+
+
+def _ratio(first: Sequence[Mapping[str, float]], sample: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    ratio, interval = paired_ratio(*([one["total"] for one in side] for side in (first, sample)))
+    return {"ratio": ratio, "ratio_interval": interval and list(interval)}
 
 
 def time_batch(pipe: Any, batch_size: int, options: Mapping[str, Any]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a prune will do, from the model's config and the recipe alone."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -31,6 +32,7 @@ def plan(source: Source, recipe: Recipe) -> list[list[Stage]]:
     choice = (recipe.blocks, recipe.include, recipe.exclude)
     groups = walk.group_stages(denoiser, source.spec, *choice) if recipe.structured else []
     linears = walk.linear_stages(denoiser, source.spec, *choice) if recipe.layer_pattern else []
+    linears = _without(linears, recipe.left_dense)
     if recipe.layer_pattern:
         left = _columns_left(denoiser, source, groups, recipe) if linears and groups else {}
         for name in (name for stage in linears for shared in stage.linears for name in shared):
@@ -45,6 +47,15 @@ def plan(source: Source, recipe: Recipe) -> list[list[Stage]]:
     if recipe.calibration == "stream":
         return sorted((package for kind in kinds for package in by_block(kind)), key=lambda package: package[0].block)
     return [package for kind in kinds for package in cut(kind, recipe.packages or PACKAGES)]
+
+
+def _without(stages: Sequence[Stage], names: Collection[str]) -> list[Stage]:
+    """The stages without those linears, and without stages that had no others."""
+    left = []
+    for stage in stages:
+        kept = (tuple(name for name in shared if name not in names) for shared in stage.linears)
+        left.append(dataclasses.replace(stage, linears=tuple(shared for shared in kept if shared)))
+    return [stage for stage in left if stage.linears]
 
 
 def _columns_left(denoiser: nn.Module, source: Source, stages: Sequence[Stage], recipe: Recipe) -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from obsdiff.errors import InputError
+from obsdiff.measure.gemms import GemmTable, read_table
 from obsdiff.models.source import DATA, EMBEDDED, Source
 from obsdiff.prune.base import Lora, record_loras
 from obsdiff.prune.solvers.patterns import NM, Pattern, Unstructured, parse_nm
@@ -19,7 +20,11 @@ Weighting = Literal["log-decrease", "log-increase", "linear-decrease", "linear-i
 
 
 class Recipe(BaseModel):
-    """Shares lie between 0 and 1; sizes are pixels. Shares and blocks left out are filled in by the pattern."""
+    """Shares lie between 0 and 1; sizes are pixels. Shares and blocks left out are filled in by the pattern.
+
+    With `only_faster` the prune fills in `gemm_table`, where none is given, and `left_dense`: the names of the layers
+    that stay dense by it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,6 +57,9 @@ class Recipe(BaseModel):
     blocks: str = ":"
     include: str = ""
     exclude: str = ""
+    only_faster: bool = False
+    gemm_table: GemmTable | None = None
+    left_dense: tuple[str, ...] = ()
     seed: int = Field(0, ge=0, lt=1 << 63)
     device: str
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -90,6 +98,10 @@ class Recipe(BaseModel):
             raise ValueError("--target asymmetric needs --calibration stream and a --pattern other than structured")
         if self.call_share < 1 and self.calibration != "stream":
             raise ValueError("--call-share is an option of --calibration stream")
+        if self.only_faster and self.pattern != "2:4":
+            raise ValueError(f"--only-faster is for --pattern 2:4, not {self.pattern}")
+        if self.gemm_table and not self.only_faster:
+            raise ValueError("--gemm-table is an option of --only-faster")
         for name in ("heads", "neurons", "round_to"):
             if getattr(self, name) is not None and not self.structured:
                 raise ValueError(f"{flag(name)} is an option of --pattern structured and structured+N:M")
@@ -142,7 +154,8 @@ class Recipe(BaseModel):
 def make_recipe(source: Source, options: Mapping[str, Any]) -> Recipe:
     """A Recipe from a user's options, what the model says of itself, and the paper's settings, in this order.
 
-    `prompts` may be a file, or a sequence of captions; `num_prompts` cuts it. None counts as not given.
+    `prompts` may be a file, or a sequence of captions; `num_prompts` cuts it; `gemm_table` may be a file. None counts
+    as not given.
     Raises InputError that names every option that is wrong.
     """
     given = {name: value for name, value in options.items() if value is not None}
@@ -155,6 +168,8 @@ def make_recipe(source: Source, options: Mapping[str, Any]) -> Recipe:
     given = {name: value for name, value in fallbacks.items() if value is not None} | given
     given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     given.setdefault("dtype", "float32" if given["device"] == "cpu" else "bfloat16")
+    if isinstance(given.get("gemm_table"), (str, Path)):
+        given["gemm_table"] = read_table(Path(given["gemm_table"]))
     given["lora"] = record_loras(given.get("lora", ()))
     given["prompts"] = _choose_prompts(source, given.get("prompts"), given.pop("num_prompts", 100))
     targets = given.keys() & {"target_size", "target_speedup"}

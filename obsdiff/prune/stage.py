@@ -20,7 +20,7 @@ from obsdiff.models import known_families, walk
 from obsdiff.models.source import Source, load_pipeline, meta_denoiser, quiet_libraries
 from obsdiff.models.walk import Stage
 from obsdiff.progress import Progress
-from obsdiff.prune import calibration, memory, ranks, stream, targets, work
+from obsdiff.prune import calibration, faster, memory, ranks, stream, targets, work
 from obsdiff.prune.base import assemble, find_base
 from obsdiff.prune.hessian import Hessians
 from obsdiff.prune.packages import apart
@@ -58,10 +58,6 @@ def prune(
     if (source.path / checkpoint.INFO).exists():
         raise InputError(f"{model} is pruned already: prune its base model")
     recipe = make_recipe(source, options)
-    identity = {
-        "base": base,
-        "recipe": recipe.model_dump(mode="json"),
-    }
     pick_device(recipe.device)
     refused = ""
     if recipe.structured:
@@ -73,10 +69,16 @@ def prune(
         refused = source.spec.heads_refused or walk.tied_heads(meta_denoiser(source), source.spec)
     if refused and recipe.heads:
         raise InputError(f"--heads {recipe.heads:g}: {source.spec.title} can lose none: {refused}")
+    folder = out.parent / f"{out.name}.partial"
     with ranks.joined(recipe.device), quiet_libraries():
-        ranks.agree(identity, "model or recipe")
+        ranks.agree((base, recipe.model_dump(mode="json")), "model or recipe")
         if ranks.rank():
             progress = Progress()
+        recipe = _keep_dense(source, recipe, out, folder, restart, progress)
+        identity = {
+            "base": base,
+            "recipe": recipe.model_dump(mode="json"),
+        }
         if (asked := options.get("num_prompts") or 0) > (there := len(recipe.prompts)):
             progress.message(f"--num-prompts {asked}: there are {there}, and all of them are used")
         if refused:
@@ -86,7 +88,6 @@ def prune(
                 f"{source.name}: the weights used are those of the variant {variant}, there are no plain ones"
             )
         packages = plan(source, recipe)
-        folder = out.parent / f"{out.name}.partial"
         done = ranks.from_first(None if ranks.rank() else _claim(out, folder, identity, restart))
         if isinstance(done, CheckpointInfo):
             progress.message(f"{out} is finished already")
@@ -116,6 +117,20 @@ def _assemble(source: Source, config: bool, recipe: Recipe, folder: Path) -> Sou
             made = error
     made = ranks.from_first(made)
     assert isinstance(made, Source)
+    return made
+
+
+def _keep_dense(source: Source, recipe: Recipe, out: Path, folder: Path, restart: bool, progress: Progress) -> Recipe:
+    """faster.keep_dense on the first rank, for all: no two would measure the same."""
+    made: Recipe | ObsdiffError = recipe
+    if not ranks.rank():
+        try:
+            known = None if restart else faster.earlier_table(out, folder)
+            made = faster.keep_dense(source, recipe, known, progress)
+        except ObsdiffError as error:
+            made = error
+    made = ranks.from_first(made)
+    assert isinstance(made, Recipe)
     return made
 
 

@@ -22,6 +22,7 @@ from obsdiff.models import size_of
 from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_pipeline
 from obsdiff.progress import Progress
 from obsdiff.runtime.backends import Denoise, choose_backend, load_backend
+from obsdiff.runtime.components import IN_TORCH, load_components
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -147,7 +148,8 @@ def load(
     """A diffusers pipeline from a bundle, a pruned checkpoint, a diffusers folder, a hub id or `fashion`.
 
     A bundle is verified first (pass its `manifest` from open_bundle to verify once) and its denoiser runs on `backend`;
-    anything else runs in torch. The device defaults to cuda where there is one. An engine that the bundle lacks for
+    the components that it has graphs of run in ONNX Runtime then, unless the backend is torch's; anything else runs in
+    torch. The device defaults to cuda where there is one. An engine that the bundle lacks for
     this machine is built into the user's cache, unless `build` is False.
     Raises InputError when the path, the backend or the device is wrong.
     """
@@ -163,10 +165,11 @@ def load(
     manifest = manifest or open_bundle(folder)
     source = bundle_source(folder, manifest)
     dtype = _dtype(manifest.precision, device)
-    name = choose_backend(manifest, device) if backend == "auto" else backend
+    name = choose_backend(folder, manifest, device, progress) if backend == "auto" else backend
     denoise = load_backend(name, folder, manifest, device, build=build, progress=progress)
     engine = EngineDenoiser(denoise, manifest, source.config, device, dtype)
-    pipe = load_pipeline(source, dtype, **{manifest.component: engine})
+    graphs = {} if name in IN_TORCH else load_components(folder, manifest, source.index, device, dtype, progress)
+    pipe = load_pipeline(source, dtype, **{manifest.component: engine, **graphs})
     pipe.obsdiff_backend = name
     _refuse_loras(pipe, path, "the weights of a bundle are fixed")
     return pipe.to(device)

@@ -18,7 +18,8 @@ from .conftest import Journey
 def small(one_block_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A bundle of the model with one block, and what the command said."""
     bundle = tmp_path_factory.mktemp("export") / "bundle"
-    return bundle, call("export", one_block_sd3, bundle, "--batch", "1:1:2", "--size", "16:32:48")
+    engine = ("--format", "onnx", "--format", "tensorrt-rtx", "--sm", "8.6,89")
+    return bundle, call("export", one_block_sd3, bundle, "--batch", "1:1:2", "--size", "16:32:48", *engine)
 
 
 def test_the_path_of_the_issue_exports(journey: Journey) -> None:
@@ -54,6 +55,36 @@ def test_batch_and_size_become_the_axes_of_the_graph(small: tuple[Path, Result])
     batch, height = manifest.axes["batch"], manifest.axes["height"]
     assert (batch.min, batch.opt, batch.max) == (1, 2, 4), "a call with guidance takes two inputs an image"
     assert (height.min * scale, height.opt * scale, height.max * scale) == (16, 32, 48)
+
+
+def test_an_engine_is_built_for_gpus_that_are_not_there(small: tuple[Path, Result]) -> None:
+    bundle, result = small
+    (engine,) = open_bundle(bundle).engines
+    assert (engine.key.format, engine.key.target, engine.check) == ("tensorrt-rtx", "sm_86+sm_89", None)
+    assert (bundle / engine.path).stat().st_size > 100_000
+    assert engine.key.profile == open_bundle(bundle).axes
+    assert "the tensorrt-rtx engine for sm_86+sm_89 was built and not run: it runs on a CUDA GPU" in result.err
+    assert re.search(r"tensorrt-rtx for sm_86\+sm_89 .*\n.*not run here", result.out)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--format", "tensorrt-rtx", "--sm", "hopper"), ("--sm hopper", "86,89")),
+        (("--format", "tensorrt-rtx", "--sm", "90"), ("--sm 90", "--format tensorrt")),
+        (("--format", "tensorrt-rtx", "--sm", "75"), ("--sm 75", "fp16")),
+        (("--format", "tensorrt-rtx", "--refit"), ("--refit", "GPU")),
+        (("--format", "tensorrt-rtx", "--version-compatible"), ("--version-compatible", "--format tensorrt")),
+        (("--hardware-compatible",), ("--hardware-compatible", "--format tensorrt")),
+        (("--weight-streaming",), ("--weight-streaming", "--format tensorrt or tensorrt-rtx")),
+        (("--format", "tensorrt-rtx", "--timing-cache", "t"), ("--timing-cache", "--format tensorrt")),
+    ],
+    ids=str,
+)
+def test_options_of_engines_are_checked_before_anything_is_loaded(
+    tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert_sentence(call("export", tmp_path / "no model", tmp_path / "bundle", *options), 2, *words)
 
 
 def test_a_bundle_is_kept_unless_forced(small: tuple[Path, Result], one_block_sd3: Path) -> None:

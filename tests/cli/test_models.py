@@ -9,7 +9,9 @@ import pytest
 
 from cli import call
 from obsdiff.cli.models import FILE
+from obsdiff.export.stage import FORMATS
 from obsdiff.models import FAMILIES
+from obsdiff.runtime.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 STALE = "run python benchmarks/families.py"
@@ -49,8 +51,8 @@ def test_a_family_that_no_test_knows_says_so(monkeypatch: pytest.MonkeyPatch, tm
 def test_rows_say_what_can_be_done_with_a_family() -> None:
     rows = {row["family"]: row for row in call("models", "--json").json}
     assert rows["sd3"]["patterns"] == ["unstructured", "N:M", "structured (heads and neurons)"]
-    assert rows["sd3"]["formats"] == ["onnx"]
-    assert rows["sd3"]["backends"] == ["torch", "onnxruntime"]
+    assert rows["sd3"]["formats"] == list(FORMATS)
+    assert rows["sd3"]["backends"] == list(BACKENDS)
     assert rows["sd3"]["verified"]["block"] == ["SD3-medium (1536 wide)", "SD3.5-large (2432 wide)"]
     assert rows["sd3"]["verified"]["whole"]
 

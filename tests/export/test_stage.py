@@ -15,7 +15,7 @@ import torch
 import obsdiff
 from obsdiff.checkpoint import read_info
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import Axis, open_bundle
+from obsdiff.export.bundle import Axis, EngineOptions, open_bundle
 from obsdiff.export.stage import export, make_axes
 from obsdiff.export.totals import count_nonzero
 from obsdiff.models.source import find_source, load_denoiser, load_pipeline
@@ -97,9 +97,11 @@ def test_the_same_export_gives_the_same_bytes(graphless: Path, one_block_sd3: Pa
     ("options", "pattern"),
     [
         ({"formats": ["coreml"]}, "--format coreml: there are onnx"),
-        ({"formats": ["onnx", ""]}, "--format : there is onnx"),
+        ({"formats": ["onnx", ""]}, "--format : there are onnx, tensorrt"),
         ({"precision": "int8"}, "--precision int8: there are fp32, fp16, bf16"),
-        ({"precision": "bf16"}, "--precision bf16: ONNX Runtime has no bf16"),
+        ({"options": EngineOptions(sm=("86",))}, "--sm is for --format tensorrt or tensorrt-rtx"),
+        ({"formats": ["tensorrt-rtx"], "options": EngineOptions(sm=("90",))}, "--sm 90: TensorRT-RTX .* knows"),
+        ({"formats": ["tensorrt-rtx"], "timing_cache": "timings"}, "--timing-cache is for --format tensorrt:"),
         ({"batch": "8"}, "--batch 8: write MIN:OPT:MAX"),
         ({"batch": "1:2"}, "--batch 1:2: write MIN:OPT:MAX"),
         ({"batch": "1:2:3:4"}, "--batch 1:2:3:4: write MIN:OPT:MAX"),

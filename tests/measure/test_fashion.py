@@ -202,3 +202,14 @@ def test_general_prompts() -> None:
     prompts = read_prompts("general.txt")
     assert len(prompts) == len({prompt.lower() for prompt in prompts}) == 120
     assert all(6 <= len(prompt.split()) <= 25 and prompt == prompt.strip() for prompt in prompts)
+
+
+def test_unseen_captions_are_in_no_calibration_and_name_both() -> None:
+    prompts = fashion.unseen_captions()
+    assert len(prompts) == len(set(prompts)) == 64
+    assert not set(prompts) & set(read_prompts("fashion.txt"))
+    parsed = [fashion.parse_caption(prompt) for prompt in prompts]
+    assert all(None not in pair for pair in parsed)
+    assert len({item for item, _ in parsed}) == len({colour for _, colour in parsed}) == 10
+    assert len(fashion.unseen_captions(5)) == 5
+    assert sum(map(fashion.held_out, fashion.unseen_captions(128))) >= 8

@@ -8,13 +8,15 @@ import pytest
 
 import obsdiff
 from obsdiff.errors import InputError, ObsdiffError
-from obsdiff.measure import latency
+from obsdiff.measure import conditions, latency
 from obsdiff.measure.latency import STAGES, bench, peak_memory, summarise, time_batch
 from obsdiff.progress import Progress
 from obsdiff.runtime.generate import call_options
 from obsdiff.runtime.pipeline import load
 
-FIELDS = {"path", "backend", "median_ms", "p90_ms", "p99_ms", "stages_ms", "images_per_second", "runs_ms"}
+FIELDS = {"path", "backend", "median_ms", "p90_ms", "p99_ms", "stages_ms", "images_per_second", "runs_ms", "ratio"}
+FIELDS |= {"ratio_interval", "gpu", "peak_memory_bytes"}
+KEYS = {"kind", "environment", "settings", "conditions", "warnings", "interrupted", "results"}
 
 
 class Counting(Progress):
@@ -40,14 +42,19 @@ def result(one_block_bundle: Path, one_block_sd3: Path) -> dict[str, Any]:
 
 
 def test_a_bench_returns_what_it_promises(result: dict[str, Any], one_block_bundle: Path, one_block_sd3: Path) -> None:
-    assert set(result) == {"environment", "settings", "results"}
+    assert set(result) == KEYS
+    assert (result["kind"], result["interrupted"]) == ("bench", False)
+    assert result["conditions"]["seconds"] > 0
     assert {"processor", "threads", "torch"} <= set(result["environment"])
     settings = {"batch_size": 2, "runs": 3, "warmup": 1, "device": "cpu", "num_inference_steps": 2, "height": 32}
     assert settings.items() <= result["settings"].items()
     assert [row["path"] for row in result["results"]] == [str(one_block_bundle), str(one_block_sd3)]
     assert [row["backend"] for row in result["results"]] == ["onnxruntime", "torch"]
     for row in result["results"]:
-        assert set(row) == FIELDS | {"peak_memory_bytes"}
+        assert set(row) == FIELDS
+        ratios = [a / b for a, b in zip(result["results"][0]["runs_ms"], row["runs_ms"], strict=True)]
+        assert row["ratio"] == pytest.approx(sorted(ratios)[1])
+        assert row["ratio_interval"] is None  # of 3 runs
         assert set(row["stages_ms"]) == set(STAGES)
         assert len(row["runs_ms"]) == 3
         assert min(row["runs_ms"]) <= row["median_ms"] <= row["p90_ms"] <= row["p99_ms"] <= max(row["runs_ms"])
@@ -93,6 +100,56 @@ def test_paths_take_turns_and_the_first_changes(graphless: Path, monkeypatch: py
     assert len(order) == 18
     assert all(sorted(each) == [0, 1, 2] for each in rounds)
     assert [each[0] for each in rounds] == [rounds[0][0], *((rounds[0][0] + k) % 3 for k in range(1, 6))]
+
+
+@pytest.mark.parametrize(("calls", "counts"), [(2, None), (3, [1]), (4, [1, 1]), (7, [3, 2])])
+def test_ctrl_c_keeps_the_runs_that_were_whole(
+    graphless: Path, monkeypatch: pytest.MonkeyPatch, calls: int, counts: list[int] | None
+) -> None:
+    """Two paths, one warm-up each: the interrupt comes after so many batches."""
+    done = 0
+
+    def interrupted(pipe: Any, batch_size: int, options: Any) -> dict[str, float]:
+        nonlocal done
+        if done == calls:
+            raise KeyboardInterrupt
+        done += 1
+        return dict.fromkeys(("total", *STAGES), 0.001 * done)
+
+    monkeypatch.setattr(latency, "time_batch", interrupted)
+    given: dict[str, Any] = {"runs": 5, "warmup": 1, "memory": False, "device": "cpu"}
+    if counts is None:
+        with pytest.raises(KeyboardInterrupt):
+            bench([graphless] * 2, **given)
+        return
+    found = bench([graphless] * 2, **given)
+    assert found["interrupted"] is True
+    assert found["settings"]["runs"] == 5
+    assert [len(row["runs_ms"]) for row in found["results"]] == counts
+    assert found["results"][0]["ratio"] == 1
+
+
+def test_doubts_are_told_and_kept(graphless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hearing(Progress):
+        heard: list[str] = []  # noqa: RUF012
+
+        def message(self, text: str) -> None:
+            self.heard.append(text)
+
+    monkeypatch.setattr(conditions, "BUSY", -1.0)
+    found = bench([graphless], runs=1, warmup=0, memory=False, device="cpu", progress=Hearing())
+    assert "of the cores busy" in found["warnings"][0]
+    assert f"warning: {found['warnings'][0]}" in Hearing.heard
+
+
+def test_several_backends_share_a_run(one_block_bundle: Path, one_block_sd3: Path) -> None:
+    paths, progress = [one_block_bundle, one_block_sd3], Counting()
+    backends = ["torch", "onnxruntime"]
+    given: dict[str, Any] = {"runs": 2, "warmup": 1, "memory": False, "num_inference_steps": 1, "device": "cpu"}
+    found = bench(paths, backend=backends, progress=progress, **given)
+    labels = [(row["path"], row["backend"]) for row in found["results"]]
+    assert labels == [(str(paths[0]), "torch"), (str(paths[0]), "onnxruntime"), (str(paths[1]), "torch")]
+    assert progress.done == progress.total
 
 
 def test_a_bench_without_memory_says_null(graphless: Path) -> None:

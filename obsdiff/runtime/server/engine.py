@@ -21,6 +21,7 @@ from obsdiff.models import pipeline_spec
 from obsdiff.models.source import MANIFEST
 from obsdiff.runtime.generate import call_options, generate, identity
 from obsdiff.runtime.pipeline import load
+from obsdiff.runtime.server.logs import LoggedProgress
 from obsdiff.runtime.server.messages import Info, Key, Settings, Side
 
 PROMPTS = ("a red ankle boot", "a photo of a small blue bag with two long handles")
@@ -53,7 +54,14 @@ class Engine:
         folder = Path(settings.path)
         self.manifest = open_bundle(folder) if (folder / MANIFEST).exists() else None
         self.path = settings.path
-        self.pipe: Any = load(settings.path, settings.backend, settings.device, manifest=self.manifest)
+        self.pipe: Any = load(
+            settings.path,
+            settings.backend,
+            settings.device,
+            manifest=self.manifest,
+            build=settings.build,
+            progress=LoggedProgress(),
+        )
         self.pipe.set_progress_bar_config(disable=True)
         self.spec = pipeline_spec(self.pipe)
         self.parameters = inspect.signature(self.pipe.__call__).parameters

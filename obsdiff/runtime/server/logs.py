@@ -5,6 +5,8 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from obsdiff.progress import Progress
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -22,6 +24,16 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=True, default=str)
+
+
+class LoggedProgress(Progress):
+    """What takes its time while a model loads, such as the build of an engine, in the log."""
+
+    def start(self, title: str, total: int) -> None:
+        self.message(title)
+
+    def message(self, text: str) -> None:
+        logging.getLogger("obsdiff.worker").info(text)
 
 
 def log_json(level: int = logging.INFO) -> None:

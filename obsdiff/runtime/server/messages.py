@@ -12,6 +12,7 @@ class Settings:
     backend: str = "auto"
     device: str | None = None
     max_batch_size: int = 8
+    build: bool = True  # an engine that the bundle lacks for this machine
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def run(
     port: int = 8000,
     *,
     backend: str = "auto",
+    build: bool = True,
     device: str | None = None,
     max_batch_size: int = 8,
     max_queue: int = 64,
@@ -101,7 +102,7 @@ def run(
     listener = listen(host, port)
     log_json()
     _raise_file_limit()
-    settings = Settings("", backend, device, max_batch_size)
+    settings = Settings("", backend, device, max_batch_size, build)
     with listener:
         asyncio.run(_serve(listener, named, settings, keys, max_queue=max_queue, max_wait=max_wait, deadline=deadline))
 

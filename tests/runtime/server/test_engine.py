@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from obsdiff.errors import InputError
+from obsdiff.progress import Progress
+from obsdiff.runtime import pipeline
 from obsdiff.runtime.generate import call_options, generate
 from obsdiff.runtime.pipeline import load
 from obsdiff.runtime.server.engine import Engine, Watch, encode
@@ -148,3 +150,26 @@ def test_a_setting_that_the_pipeline_refuses_is_the_clients_fault(engine: Engine
 def test_previews_are_spread_over_the_steps(count: int, total: int, steps: list[int]) -> None:
     found: list[Any] = [step for step in range(1, total + 1) if is_preview(step, total, count)]
     assert found == steps
+
+
+def test_settings_may_forbid_to_build_and_loading_is_logged(
+    one_block_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[bool] = []
+
+    def load_backend(*given: Any, build: bool, progress: Progress, **options: Any) -> Any:
+        seen.append(build)
+        with progress.task("building an engine", 3):
+            progress.advance(1, "a step")
+        return None
+
+    monkeypatch.setattr(pipeline, "load_backend", load_backend)
+    with caplog.at_level("INFO", logger="obsdiff.worker"):
+        Engine(Settings(str(one_block_bundle), "auto", "cpu", 4, build=False))
+        Engine(Settings(str(one_block_bundle), "torch", "cpu", 4))
+    assert seen == [False, True]
+    assert [record.message for record in caplog.records] == [
+        "backend: onnxruntime, the first that is ready (obsdiff tune finds the fastest)",
+        "building an engine",
+        "building an engine",
+    ]
