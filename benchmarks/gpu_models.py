@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from real_sizes import group_records, read_source
 from torch import Tensor, nn
 
-from obsdiff.measure import gemms
+from obsdiff import gemm_times
 from obsdiff.models import graph, size_of, walk
 from obsdiff.models.gemms import Gemm, find_gemms
 from obsdiff.models.shrink import shrink
@@ -176,7 +176,7 @@ def gemm_rows(kind: str, sources: Sequence[Source], pixels: Sequence[int], devic
     }
     if device == "cpu":
         return {"shapes": len(shapes), "failed": "a CPU has no sparse products"}
-    table = gemms.measure_gemms(sorted(shapes), str(dtype).removeprefix("torch."), device)  # type: ignore[arg-type]
+    table = gemm_times.measure_gemms(sorted(shapes), str(dtype).removeprefix("torch."), device)  # type: ignore[arg-type]
     rows = []
     for entry in table.entries:
         row: dict[str, Any] = {

@@ -42,11 +42,11 @@ PAGES = sorted(DOCS.rglob("*.md"))
 GROUP: Any = typer.main.get_command(app)
 FENCE = re.compile(r"^```(\w+)?(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHEAPER = {
-    "prune": "--num-prompts 4 --steps 2 --batch-size 4 --solver obs --device cpu",
+    "prune": "--num-prompts 4 --steps 4 --batch-size 4 --solver obs --device cpu",
     "run": "--steps 2",
     "eval": "--num-images 2 --steps 2",
     "bench": "--steps 2 --warmup 0",
-    "tune": "--runs 1 --backends torch,onnxruntime",
+    "tune": "--runs 1 --backends torch",
 }
 BENCH = {"--url": "--requests 4", "--scenario": "--requests 8", "--compare": "", "": "--runs 1"}
 MODELS = {"my-sd3": "sd3", "black-forest-labs/FLUX.1-dev": "flux"}
@@ -63,6 +63,9 @@ class Block:
     @property
     def runs(self) -> bool:
         return self.language in ("bash", "python") and not self.title
+
+
+pytestmark = pytest.mark.timeout(600)  # a page is some ten commands
 
 
 def blocks(page: Path) -> list[Block]:
@@ -149,6 +152,17 @@ def test_every_command_is_one_that_there_is(page: Path) -> None:
         for name, rest in re.findall(r"(?:^|\s)obsdiff ([a-z]+)(.*)", code, re.DOTALL):
             known = {option for parameter in GROUP.commands[name].params for option in parameter.opts}
             assert set(re.findall(r"--[a-z-]+", rest)) <= known, code
+
+
+def test_a_wrong_command_is_noticed() -> None:
+    (good, bad) = invocations(
+        "obsdiff inspect pruned --json && torchrun -m obsdiff prune fashion out --patern 2:4  # x"
+    )
+    assert parse(good)["json"]
+    with pytest.raises(Exception, match="--patern"):
+        parse(bad)
+    with pytest.raises(AssertionError, match="no command"):
+        parse(["prun", "fashion"])
 
 
 @dataclass

@@ -117,7 +117,7 @@ def command(
     ] = False,
     gemm_table: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="only-faster: times from another machine, as it keeps them in ~/.cache/obsdiff/gemms."),
+        typer.Option(metavar="FILE", help="only-faster: times from another machine (its ~/.cache/obsdiff/gemms)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
     device: Device = None,

@@ -21,7 +21,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """What `obsdiff inspect` prints: `about`, `totals` as [dense, here] pairs, and a row for each pruned layer.
 
     Of a bundle also the `receipt`, with the `sentence` that sums it up, or None; of a checkpoint the `gemms` that were
-    timed to choose its layers (obsdiff.measure.gemms), or None.
+    timed to choose its layers (obsdiff.gemm_times), or None.
 
     Raises InputError when the path is no model, checkpoint or bundle, or does not agree with its own records.
     """

@@ -73,7 +73,8 @@ def traced_sizes(axes: Mapping[str, Axis]) -> dict[str, int]:
 
     A trace takes sizes for equal that only happen to be.
     """
-    sizes = {name: axis.opt for name, axis in axes.items()} | {"batch": max(2, axes["batch"].min)}
+    batch = axes["batch"]
+    sizes = {name: axis.opt for name, axis in axes.items()} | {"batch": min(max(2, batch.min), batch.max)}
     if "width" in axes and sizes["width"] == sizes["height"]:
         width = axes["width"]
         wider, narrower = width.opt + width.multiple, width.opt - width.multiple

@@ -21,7 +21,7 @@ from obsdiff.export.components import choose, export_components
 from obsdiff.export.probe import probe
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
 from obsdiff.files import copy_files, folder_hash, read_json, write_json, write_tensors
-from obsdiff.models import Input, size_of
+from obsdiff.models import Input, ModelSpec, size_of
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_denoiser, quiet_libraries
 from obsdiff.progress import Progress
@@ -87,7 +87,9 @@ def export(
             manifest, expected = _build(source, work, graph, names, precision, axes, progress)
             for name in compiled:
                 own = engines.heeded(name, options)
-                manifest = _compile(name, work, manifest, own, device, expected, progress, timing_cache, profile)
+                manifest = _compile(
+                    name, work, manifest, own, device, source.spec, expected, progress, timing_cache, profile
+                )
             manifest, receipt = _complete_receipt(work, manifest)
             write_json(work / MANIFEST, manifest.model_dump(mode="json"))
         (work / MARK).unlink()
@@ -218,6 +220,7 @@ def _compile(
     manifest: Manifest,
     options: EngineOptions,
     device: str,
+    spec: ModelSpec,  # the manifest leaves out how inputs are drawn
     expected: Sequence[Tensor],
     progress: Progress,
     timing_cache: str | Path | None,
@@ -241,7 +244,7 @@ def _compile(
         denoise = form.open_engine(path, manifest, key, device, work)
         config, shapes = read_json(work / bundles.CONFIG), parity.check_shapes(manifest.axes)
         check = parity.compare(
-            denoise, expected, manifest.spec, config, shapes, manifest.precision, name=f"{name} engine", device=device
+            denoise, expected, spec, config, shapes, manifest.precision, name=f"{name} engine", device=device
         )
         if profile and name == "tensorrt":
             from obsdiff.export import trt_profile

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from obsdiff.measure import gpu
+from obsdiff import nvml
 
 PAUSE = 0.05  # seconds between two samples of a GPU
 LISTED = 20  # samples between two lists of its processes, which are dearer
@@ -23,7 +23,7 @@ class Watch:
 
     def __init__(self, device: str) -> None:
         self._cpu = torch.device(device).type == "cpu"
-        self._gpu = gpu.find_gpu(device)
+        self._gpu = nvml.find_gpu(device)
         self._samples: list[dict[str, Any]] = []
         self._others: dict[int, int] = {}
         self._stop = threading.Event()
@@ -44,7 +44,7 @@ class Watch:
     def conditions(self) -> dict[str, Any]:
         """The load averages and the share of the cores that other processes used; the GPU as a whole, if there is one.
 
-        `gpu` has what gpu.summarise says, and `other_processes`: bytes of GPU memory by process id.
+        `gpu` has what nvml.summarise says, and `other_processes`: bytes of GPU memory by process id.
         """
         seconds = self._after["time"] - self._before["time"]
         others = (self._after["busy"] - self._before["busy"]) - (self._after["own"] - self._before["own"])
@@ -55,13 +55,13 @@ class Watch:
         }
         if self._gpu:
             others_on_gpu = {str(pid): size for pid, size in self._others.items()}
-            found["gpu"] = {**(gpu.summarise(list(self._samples)) or {}), "other_processes": others_on_gpu}
+            found["gpu"] = {**(nvml.summarise(list(self._samples)) or {}), "other_processes": others_on_gpu}
         return found
 
     def during(self, spans: Sequence[Span]) -> dict[str, Any] | None:
-        """What gpu.summarise says of the samples in the spans; None without one."""
+        """What nvml.summarise says of the samples in the spans; None without one."""
         inside = (one for one in self._samples if any(begin <= one["time"] <= end for begin, end in spans))
-        return gpu.summarise(list(inside))
+        return nvml.summarise(list(inside))
 
     def warnings(self, rows: Sequence[Mapping[str, Any] | None]) -> list[str]:
         """Sentences about what makes the numbers doubtful; `rows` are what `during` said of each row."""
@@ -90,9 +90,9 @@ class Watch:
         count = 0
         while not self._stop.is_set():
             if count % LISTED == 0:
-                for pid, size in gpu.other_processes(self._gpu).items():
+                for pid, size in nvml.other_processes(self._gpu).items():
                     self._others[pid] = max(size, self._others.get(pid, 0))
-            self._samples.append({"time": time.perf_counter(), **gpu.sample(self._gpu)})
+            self._samples.append({"time": time.perf_counter(), **nvml.sample(self._gpu)})
             count += 1
             self._stop.wait(PAUSE)
 

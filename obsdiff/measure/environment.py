@@ -6,9 +6,9 @@ import platform
 import psutil
 import torch
 
+from obsdiff import nvml
 from obsdiff.checkpoint import versions
 from obsdiff.device import processor
-from obsdiff.measure import gpu
 
 
 def environment(device: str = "cuda") -> dict[str, str]:
@@ -23,6 +23,6 @@ def environment(device: str = "cuda") -> dict[str, str]:
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = str(torch.version.cuda)
-        if seen := gpu.find_gpu(device):
-            found |= gpu.describe(seen)
+        if seen := nvml.find_gpu(device):
+            found |= nvml.describe(seen)
     return found | versions()

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from obsdiff import checkpoint
 from obsdiff.errors import InputError
 from obsdiff.files import read_json
-from obsdiff.measure.gemms import Dtype, GemmTable, Shape, Timer, measure_gemms
+from obsdiff.gemm_times import Dtype, GemmTable, Shape, Timer, measure_gemms
 from obsdiff.models import walk
 from obsdiff.models.gemms import find_gemms
 from obsdiff.models.source import Source, meta_denoiser

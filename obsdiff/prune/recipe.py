@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from obsdiff.errors import InputError
-from obsdiff.measure.gemms import GemmTable, read_table
+from obsdiff.gemm_times import GemmTable, read_table
 from obsdiff.models.source import DATA, EMBEDDED, Source
 from obsdiff.prune.base import Lora, record_loras
 from obsdiff.prune.solvers.patterns import NM, Pattern, Unstructured, parse_nm

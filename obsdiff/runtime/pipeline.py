@@ -149,8 +149,9 @@ def load(
 
     A bundle is verified first (pass its `manifest` from open_bundle to verify once) and its denoiser runs on `backend`;
     the components that it has graphs of run in ONNX Runtime then, unless the backend is torch's; anything else runs in
-    torch. The device defaults to cuda where there is one. An engine that the bundle lacks for
-    this machine is built into the user's cache, unless `build` is False.
+    torch. The device defaults to cuda where there is one. `auto` is explained at backends.choose_backend; what it took
+    is in `pipe.obsdiff_backend`. An engine that the bundle lacks for this machine is built into the user's cache,
+    unless `build` is False.
     Raises InputError when the path, the backend or the device is wrong.
     """
     device = pick_device(device)

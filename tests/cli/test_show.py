@@ -73,6 +73,14 @@ def test_without_a_terminal_each_step_is_said_once(capsys: pytest.CaptureFixture
     assert shown.out == ""
 
 
+def test_the_count_of_a_step_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ShownProgress()
+    for step in (1, 15, 30):
+        progress.advance(0, f"building: optimizing graph ({step} of 30)")
+    progress.advance(0, "building: timing (again)")
+    assert capsys.readouterr().err.splitlines() == ["building: optimizing graph", "building: timing (again)"]
+
+
 def test_a_task_within_a_task_is_a_step_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     progress = ShownProgress()
     with progress.task("demo", 2), progress.task("prune", 3):

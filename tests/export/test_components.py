@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from cli import assert_sentence, call
 from safetensors.torch import load_file, save_file
 
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import components, onnx
 from obsdiff.export.bundle import component_graph, open_bundle
 from obsdiff.export.components import Plan, choose
+from obsdiff.export.inspect import inspect
 from obsdiff.export.recorded import record
 from obsdiff.export.stage import export, make_axes
 from obsdiff.models.source import find_source, load_pipeline
@@ -79,6 +81,18 @@ def test_a_bundle_says_what_its_graphs_take_and_give(graphed: Path) -> None:
         assert all(
             shape.get("height", 0) != graph.axes.get("height", graph.axes["batch"]).opt for shape in graph.check.shapes
         )
+
+
+def test_inspect_shows_the_graphs(graphed: Path) -> None:
+    about = inspect(graphed)["about"]
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        assert float(about[f"{name} (onnx) against PyTorch"]) <= 1e-4
+
+
+def test_the_command_takes_names_with_commas(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    result = call("export", tiny_model("dit"), tmp_path / "bundle", "--components", "denoiser, vae,text_encoders")
+    assert result.code == 2
+    assert_sentence(result.err, "--components text_encoders: a DiTPipeline has none")
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_components_are_copied_untouched(graphless: Path, one_block_sd3: Path) -
         "denoiser",
         "denoiser/config.json",
         "denoiser/model.safetensors",
+        "receipt.json",
     }
 
 

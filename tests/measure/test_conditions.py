@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pynvml
 import pytest
-from nvml import install
+from fake_nvml import install
 
 from obsdiff.measure import conditions
 from obsdiff.measure.conditions import Watch

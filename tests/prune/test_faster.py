@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from obsdiff import gemm_times
 from obsdiff.checkpoint import WEIGHTS, CheckpointInfo
 from obsdiff.errors import InputError
 from obsdiff.export.inspect import inspect
 from obsdiff.files import write_json
-from obsdiff.measure import gemms
-from obsdiff.measure.gemms import GemmTable, GemmTime
+from obsdiff.gemm_times import GemmTable, GemmTime
 from obsdiff.models.source import find_source
 from obsdiff.progress import Progress
 from obsdiff.prune import faster
@@ -111,7 +111,7 @@ def test_where_nothing_is_faster_there_is_nothing_to_prune(one_block_sd3: Path, 
 def test_a_gpu_is_asked_for_each_product_once(one_block_sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = find_source(one_block_sd3)
     head = GemmTable(device="NVIDIA Test", driver="1", cuda="13", torch="2", entries=())
-    monkeypatch.setattr(gemms, "_describe", lambda device: head)
+    monkeypatch.setattr(gemm_times, "_describe", lambda device: head)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())
     timed: list[int] = []
 

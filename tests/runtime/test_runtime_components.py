@@ -19,6 +19,7 @@ from obsdiff.export.bundle import list_files, open_bundle
 from obsdiff.export.stage import export
 from obsdiff.measure.latency import time_batch
 from obsdiff.models.source import find_source, load_pipeline
+from obsdiff.progress import Progress
 from obsdiff.runtime import components
 from obsdiff.runtime.generate import call_options, generate
 from obsdiff.runtime.pipeline import load
@@ -110,6 +111,15 @@ def test_what_a_graph_does_not_give_is_refused_in_one_sentence(pipe: Any, graphe
         pipe.vae.decode(torch.zeros(1, 8, 1, 8))
     with pytest.raises(InputError, match="only decodes"):
         pipe.vae.encode(torch.zeros(1, 3, 32, 32))
+
+
+def test_where_graphs_cannot_run_the_modules_do_and_it_is_said(graphed: Path) -> None:
+    told: list[str] = []
+    progress = Progress()
+    progress.message = told.append  # type: ignore[method-assign]
+    manifest = open_bundle(graphed).model_copy(update={"precision": "bf16"})
+    assert components.load_components(graphed, manifest, {}, "cpu", torch.float32, progress) == {}
+    assert told == ["vae, text_encoder, text_encoder_2 run in torch: ONNX Runtime has no bf16 kernels for CPUs"]
 
 
 def test_options_of_a_vae_that_do_not_apply_say_so(pipe: Any) -> None:

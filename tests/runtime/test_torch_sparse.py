@@ -10,7 +10,7 @@ from obsdiff.errors import InputError
 from obsdiff.export import receipt as receipts
 from obsdiff.export.bundle import Manifest, open_bundle
 from obsdiff.export.stage import export
-from obsdiff.measure.gemms import GemmTable, GemmTime
+from obsdiff.gemm_times import GemmTable, GemmTime
 from obsdiff.models.gemms import Gemm
 from obsdiff.runtime.backends import load_backend
 from obsdiff.runtime.backends.torch_sparse import contiguous, evidence, plan, products

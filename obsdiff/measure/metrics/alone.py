@@ -84,7 +84,7 @@ def hpsv2(weights: Path | None, device: str) -> Alone:
 
     @torch.no_grad()
     def score(drawn: Drawn, prompts: Sequence[str]) -> Tensor:
-        import open_clip  # type: ignore[import-not-found, unused-ignore]
+        import open_clip
 
         if not loaded:
             model, _, prepare = open_clip.create_model_and_transforms(HPS_MODEL, pretrained=str(path), device=device)
@@ -114,7 +114,7 @@ def image_reward(weights: Path | None, device: str) -> Alone:
 
     @torch.no_grad()
     def score(drawn: Drawn, prompts: Sequence[str]) -> Tensor:
-        from ImageReward.ImageReward import ImageReward  # type: ignore[import-not-found, unused-ignore]
+        from ImageReward.ImageReward import ImageReward
 
         if not loaded:
             model = ImageReward(device=device, med_config=str(config)).to(device)

@@ -73,9 +73,7 @@ def open_session(
     chosen = [(provider, {**options, **shared}) for provider, options in providers.items()]
     onnxruntime.set_default_logger_severity(4)
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), session_options(), providers=chosen, enable_fallback=0
-        )
+        session = onnxruntime.InferenceSession(str(path), session_options(), providers=chosen, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
         raise ObsdiffError(f"{path}: ONNX Runtime does not load it: {first_line(error)}") from None
     check_providers(session, list(providers))

@@ -17,7 +17,7 @@ from obsdiff.export.cuda_graphs import with_graphs
 from obsdiff.export.program import empty_denoiser, load_module, quiet
 from obsdiff.export.receipt import Evidence
 from obsdiff.files import read_json
-from obsdiff.measure.gemms import Dtype, GemmTable, measure_gemms
+from obsdiff.gemm_times import Dtype, GemmTable, measure_gemms
 from obsdiff.models.gemms import Gemm, find_gemms
 from obsdiff.runtime.backends import Denoise
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obsdiff import gemm_times
 from obsdiff.errors import InputError
-from obsdiff.measure import gemms
-from obsdiff.measure.gemms import GemmTable, GemmTime, cuda_timer, measure_gemms, prune_randomly, read_table, time_gemm
+from obsdiff.gemm_times import GemmTable, GemmTime, cuda_timer, measure_gemms, prune_randomly, read_table, time_gemm
 from obsdiff.prune.solvers.patterns import NM, is_nm
 
 EMPTY = GemmTable(device="NVIDIA H200 (a test)", driver="580", cuda="13.0", torch="2.13", entries=())
@@ -26,7 +26,7 @@ def entry(rows: int = 64, dense: float = 1.0, sparse: float | None = 0.5) -> Gem
 def no_gpu_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A device that this machine does not have: described by hand, with tensors on the CPU. Returns the cache."""
     monkeypatch.setenv("OBSDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gemms, "_describe", lambda device: EMPTY)
+    monkeypatch.setattr(gemm_times, "_describe", lambda device: EMPTY)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())
     return tmp_path / "cache"
 
@@ -67,7 +67,7 @@ def test_each_product_is_timed_once_and_kept_for_the_device(no_gpu_needed: Path)
 def test_times_of_another_driver_are_not_taken(no_gpu_needed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     measure_gemms([(8, 32, 48)], "float16", "cpu", counting(calls, 2.0, 1.0))
-    monkeypatch.setattr(gemms, "_describe", lambda device: EMPTY.model_copy(update={"driver": "590"}))
+    monkeypatch.setattr(gemm_times, "_describe", lambda device: EMPTY.model_copy(update={"driver": "590"}))
     measure_gemms([(8, 32, 48)], "float16", "cpu", counting(calls, 2.0, 1.0))
     assert len(calls) == 2
 

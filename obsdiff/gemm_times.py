@@ -197,7 +197,7 @@ def _describe(device: str) -> GemmTable:
 
 def _driver(device: str) -> str:
     """The NVIDIA driver's version; "" where NVML does not tell."""
-    from obsdiff.measure import gpu
+    from obsdiff import nvml
 
-    found = gpu.find_gpu(device)
-    return gpu.describe(found).get("driver", "") if found else ""
+    found = nvml.find_gpu(device)
+    return nvml.describe(found).get("driver", "") if found else ""

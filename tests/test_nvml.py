@@ -6,9 +6,9 @@ import time
 import pynvml
 import pytest
 import torch
-from nvml import ANSWERS, UUID, FakeNvml, install
+from fake_nvml import ANSWERS, UUID, FakeNvml, install
 
-from obsdiff.measure import gpu
+from obsdiff import nvml as gpu
 from obsdiff.measure.conditions import Watch
 from obsdiff.measure.environment import environment
 
