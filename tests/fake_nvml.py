@@ -8,9 +8,9 @@ import pynvml
 import pytest
 import torch
 
-UUID = "11111111-2222-3333-4444-555555555555"
-
 from obsdiff import nvml as gpu
+
+UUID = "11111111-2222-3333-4444-555555555555"
 
 
 class FakeNvml(ModuleType):
