@@ -42,7 +42,7 @@ def verified() -> dict[str, dict[str, list[str]]]:
         spec.family: {
             "tiny": [
                 *(["the spec against the architecture"] if spec.family in matched else []),
-                *(["pruned, exported and drawn"] if spec.family in drawn else []),
+                *(["pruned, exported, compiled by TensorRT-RTX, drawn"] if spec.family in drawn else []),
             ],
             "block": [name for name, (family, *_) in sizes.BLOCKS.items() if family == spec.family],
             "whole": [f"{embedded.name}, {human(size)} parameters"] if spec is embedded.spec else [],

@@ -4,11 +4,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from obsdiff.cli.options import Json
 from obsdiff.cli.show import print_json, print_table
 
 FILE = Path(str(files("obsdiff") / "data" / "families.json"))  # written by benchmarks/families.py from the tests
-COLUMNS = ["family", "denoiser", "pipelines", "patterns", "formats", "backends", "verified"]
+COLUMNS = ["family", "denoiser", "pipelines", "patterns", "verified"]
 SIZES = {"tiny": "tiny", "block": "one block", "whole": "whole"}
 
 
@@ -24,7 +26,10 @@ def command(json: Json = False) -> None:
     """
     if json:
         return print_json(rows())
-    print_table(COLUMNS, [cells(row) for row in rows()])
+    found = rows()
+    print_table(COLUMNS, [cells(row) for row in found])
+    typer.echo(f"formats of every family: {', '.join(found[0]['formats'])}")
+    typer.echo(f"backends: {', '.join(found[0]['backends'])}")
     return None
 
 
