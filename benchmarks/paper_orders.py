@@ -10,6 +10,7 @@ import numpy as np
 from obsdiff.measure.intervals import mean_interval
 
 RANKED = {"latent_error": False, "item_accuracy": True, "frechet_distance": False}  # True: higher is better
+PAIRED = ("latent_error", "item_accuracy")  # of every picture for itself
 FIGURES = ("latent_error", "item_accuracy", "colour_accuracy", "frechet_distance")
 HELD_OUT = ("held_out_item_accuracy", "held_out_colour_accuracy")
 STEPS = ("log-decrease", "log-increase", "linear-decrease", "linear-increase", "uniform")
@@ -75,9 +76,9 @@ def claims(table: str, group: str) -> list[tuple[str, list[Pair]]]:
     return [(f"more {table} before fewer", list(combinations(names, 2)))]
 
 
-def mean_errors(results: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:
-    """Float64 [images]: each picture's latent error, the mean of the calibration seeds."""
-    return np.mean([np.array(result["latent_errors"].split(), float) for result in results], axis=0)
+def by_picture(results: Sequence[Mapping[str, Any]], figure: str) -> np.ndarray[Any, Any]:
+    """Float64 [images]: that figure of each picture, the mean of the calibration seeds."""
+    return np.mean([np.array(result["pictures"][figure].split(), float) for result in results], axis=0)
 
 
 def mean_figure(results: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
@@ -91,16 +92,17 @@ def mean_figure(results: Sequence[Mapping[str, Any]], name: str) -> dict[str, An
 def judge(better: Sequence[Mapping[str, Any]], worse: Sequence[Mapping[str, Any]], figure: str) -> bool | None:
     """Whether the better one is better here; None when the pictures are too few to say so.
 
-    The latent error is compared picture by picture; other figures where their intervals lie apart.
+    Picture by picture where each has its figure; a distance of all pictures where the intervals lie apart.
     """
-    if figure == "latent_error":
-        _, low, high = mean_interval(mean_errors(worse) - mean_errors(better))
+    up = RANKED[figure]
+    if figure in PAIRED:
+        gain = by_picture(better, figure) - by_picture(worse, figure)
+        _, low, high = mean_interval(gain if up else -gain)
         return None if low <= 0 <= high else low > 0
     one, other = mean_figure(better, figure), mean_figure(worse, figure)
-    if one is None or other is None:
+    if one is None or other is None or (one["low"] <= other["high"] and other["low"] <= one["high"]):
         return None
-    low, high = (one, other) if one["value"] < other["value"] else (other, one)
-    return None if low["high"] >= high["low"] else (high is one) == RANKED[figure]
+    return bool((one["value"] > other["value"]) == up)
 
 
 def verdict(rows: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequence[Pair], figure: str) -> str:
@@ -119,7 +121,7 @@ def verdict(rows: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Sequence[Pai
 def order_here(rows: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> str:
     """Those rows by their latent error, the best first."""
     known = [name for name in dict.fromkeys(names) if name in rows]
-    return ", ".join(sorted(known, key=lambda name: float(mean_errors(rows[name]).mean())))
+    return ", ".join(sorted(known, key=lambda name: float(by_picture(rows[name], "latent_error").mean())))
 
 
 def order_table(groups: Mapping[Pair, Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[str]:

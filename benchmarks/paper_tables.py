@@ -35,8 +35,8 @@ from obsdiff.files import read_json, whole, write_json, write_tensors
 from obsdiff.measure.comparable import Subject, look
 from obsdiff.measure.drawing import Asked, draw_subject
 from obsdiff.measure.environment import environment
-from obsdiff.measure.fashion import unseen_captions
-from obsdiff.measure.quality import Drawn, latent_errors
+from obsdiff.measure.fashion import held_out, unseen_captions
+from obsdiff.measure.quality import Drawn
 from obsdiff.measure.scoring import open_metrics, score
 from obsdiff.models.layers import from_matrix
 from obsdiff.models.source import find_source
@@ -47,6 +47,7 @@ MODEL, DEVICE = "fashion", "cpu"
 TABLES = ("unstructured", "2:4", "structured", "timesteps", "packages", "prompts", "compensation")
 SOLVERS = ("magnitude", "wanda", "dsnot", "obs", "alps", "auto")
 FIRST_SEED, BATCH, SHOWN = 1000, 32, 8
+MOST = len(unseen_captions(10**6))  # captions that no calibration used
 UNIFORM, ALLOCATED = {"allocation": "uniform"}, {"allocation": "error"}
 
 Results = dict[str, dict[str, Any]]
@@ -108,6 +109,14 @@ def make_rows(prompts: int, steps: int) -> Iterator[Row]:
             yield Row("compensation", group, name, {**usual, **pattern}, compensated)
 
 
+def make_prompts(images: int) -> list[str]:
+    """Captions that no calibration used, a quarter of them (if there are as many) of pairs that were never learned."""
+    pool = unseen_captions(MOST)
+    held, usual = [one for one in pool if held_out(one)], [one for one in pool if not held_out(one)]
+    rare = min(len(held), images // 4)
+    return [part[k * len(part) // n] for part, n in ((held, rare), (usual, images - rare)) for k in range(n)]
+
+
 def drop_compensation(path: Path, info: CheckpointInfo) -> None:
     """Gives a pruned checkpoint's linears the dense weights under their masks."""
     dense = denoiser_weights(find_source(MODEL).denoiser_path)
@@ -136,7 +145,7 @@ class Judge:
         options = {"num_inference_steps": steps, "guidance_scale": CALIBRATION["guidance_scale"]}
         seeds = range(FIRST_SEED, FIRST_SEED + images)
         asked = {**self.dense.source.defaults, **options}
-        self.asked = Asked(unseen_captions(images), seeds, asked, BATCH, "torch", DEVICE)
+        self.asked = Asked(make_prompts(images), seeds, asked, BATCH, "torch", DEVICE)
         self.pictures = pictures
         names = (*orders.FIGURES, *orders.HELD_OUT)
         self.scorers, self.skipped = open_metrics(names, {}, self.dense, images, DEVICE, options)
@@ -144,12 +153,14 @@ class Judge:
         self.figures = self._score([], {})[MODEL]
 
     def measure(self, path: Path, name: str) -> dict[str, Any]:
-        """The path's figures, and each picture's latent error: in one text, as a list would take a line for each."""
+        """The path's figures, and those of each picture in one text: as a list they would take a line each."""
         subject = look([path])[0]
         drawn = self._draw(subject, name)
-        errors = latent_errors(drawn, self.reference) / self.reference.latents.var()
         figures = self._score([subject], {subject.path: drawn})[subject.path]
-        return {"figures": figures, "latent_errors": " ".join(f"{error:.4g}" for error in errors.tolist())}
+        hits = self.scorers["item_accuracy"](drawn, self.asked.prompts)
+        pictures = {"latent_error": self.scorers["latent_error"](drawn, self.reference), "item_accuracy": hits}
+        said = {key: " ".join(f"{value:.4g}" for value in values.tolist()) for key, values in pictures.items()}
+        return {"figures": figures, "pictures": said}
 
     def _score(self, others: Sequence[Subject], drawn: Mapping[str, Drawn]) -> dict[str, Any]:
         every = {MODEL: self.reference, **drawn}
@@ -202,15 +213,17 @@ def say_tables(rows: Sequence[Row], state: Mapping[str, Any], skipped: Mapping[s
         key_of({k: one[k] for k in ("options", "compensated", "seed")}): one for one in state["results"]
     }
     setting, most = state["settings"], max((one["seed"] for one in state["results"]), default=0) + 1
+    rare = state["dense"]["figures"].get("held_out_item_accuracy", {})
     tables: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for row in rows:
         found = [results[key] for seed in row.seeds(most) if (key := key_of(row.asked(seed))) in results]
         if found:
             tables.setdefault(row.table, {}).setdefault(row.group, {})[row.name] = found
     lines = [
-        f"{setting['images']} pictures a row, the same prompts and noise; {setting['steps']} steps, guidance "
+        f"{setting['images']} pictures a row, {rare.get('images', 0)} of them of pairs that the model never learned "
+        f"(held out), all rows of the same prompts and noise; {setting['steps']} steps, guidance "
         f"{CALIBRATION['guidance_scale']:g}, {setting['prompts']} calibration prompts, {most} calibration seed(s).",
-        *(f"No {name}: {reason}" for name, reason in skipped.items()),
+        *(f"No {name}: {reason.replace('--num-images', '--images')}" for name, reason in skipped.items()),
     ]
     for table, groups in tables.items():
         lines += ["", f"## {table}", "", *orders.row_table(table, groups, state["dense"])]
@@ -239,9 +252,8 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints. Returns the exit code."""
-    most = len(unseen_captions(10**6))
-    if min(args.seeds, args.steps, args.prompts, args.images) < 1 or args.images > most:
-        raise InputError(f"--seeds, --steps, --prompts and --images are at least 1, --images at most {most}")
+    if min(args.seeds, args.steps, args.prompts, args.images) < 1 or args.images > MOST:
+        raise InputError(f"--seeds, --steps, --prompts and --images are at least 1, --images at most {MOST}")
     settings = {"images": args.images, "steps": args.steps, "prompts": args.prompts, "versions": versions()}
     state = read_json(args.out) if args.out.exists() else {"settings": settings, "results": []}
     if not isinstance(state, dict) or state.get("settings") != settings:

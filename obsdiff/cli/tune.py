@@ -27,6 +27,10 @@ def command(
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which a backend that gives no answer is given up.")
     ] = 1800,
+    require_sparse: Annotated[
+        str | None,
+        typer.Option(metavar="N%", help="Exit 3 when fewer of the 2:4 layers were seen to run sparse."),
+    ] = None,
     no_build: NoBuild = False,
     device: Device = None,
     json: Json = False,
@@ -43,6 +47,7 @@ def command(
 
     Example: obsdiff tune bundle --batch 1 --batch 4 --size 1024
     """
+    from obsdiff.export.receipt import parse_share
     from obsdiff.measure.tune import tune
 
     result = tune(
@@ -54,6 +59,7 @@ def command(
         device=device,
         runs=runs,
         timeout=timeout,
+        require_sparse=None if require_sparse is None else parse_share(require_sparse),
         progress=ShownProgress(),
     )
     if json:

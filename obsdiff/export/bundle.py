@@ -179,7 +179,8 @@ class Tuned(_Model):
     """What `obsdiff tune` found on one device: the fastest backend of those that were right.
 
     `kind`, `name` and `target` are those of obsdiff.device.describe. `shapes` are of denoiser calls, in latents;
-    `milliseconds` the median of a call at each of them, for every backend that was right.
+    `milliseconds` the median of a call at each of them, for every backend that was right. `evidence` is what
+    torch-sparse told for the receipt (obsdiff.export.receipt.Evidence), where it was among them.
     """
 
     kind: str
@@ -190,6 +191,7 @@ class Tuned(_Model):
     backend: str
     milliseconds: dict[str, list[float]]
     versions: dict[str, str]
+    evidence: dict[str, Any] | None = None
 
 
 class Totals(_Model):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from obsdiff import checkpoint
-from obsdiff.export.bundle import WEIGHTS, open_bundle
+from obsdiff.export.bundle import WEIGHTS, Engine, Tuned, open_bundle
 from obsdiff.export.receipt import read_receipt, say
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
 from obsdiff.models import walk
@@ -118,6 +118,8 @@ def _inspect_bundle(bundle: Path) -> dict[str, Any]:
             "pattern": recipe.get("pattern", "dense"),
             "precision": manifest.precision,
             **checks,
+            **{f"{engine.key.format} engine": _say_engine(engine) for engine in manifest.engines},
+            **{f"tuned on {record.name}": _say_tuned(record) for record in manifest.tuned},
             **axes,
             "files": len(manifest.files),
             "bytes of all files": sum(file.bytes for file in manifest.files.values()),
@@ -132,3 +134,15 @@ def _inspect_bundle(bundle: Path) -> dict[str, Any]:
         "groups": [record.model_dump() for record in manifest.groups],
         "receipt": {"sentence": say(receipt.summary), **receipt.model_dump(mode="json")} if receipt else None,
     }
+
+
+def _say_engine(engine: Engine) -> str:
+    told = f"relative error {engine.check.relative_error:.1e}" if engine.check else "not run where it was built"
+    return f"for {engine.key.target}, {told}"
+
+
+def _say_tuned(record: Tuned) -> str:
+    """The backend that was chosen and its times, beside torch's."""
+    own, torch_own = (record.milliseconds.get(name, []) for name in (record.backend, "torch"))
+    times = ", ".join(f"{one:.3g} ms ({other / one:.2f} × torch)" for one, other in zip(own, torch_own, strict=False))
+    return f"{record.backend}: {times}" if times else record.backend

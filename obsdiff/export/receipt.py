@@ -21,7 +21,7 @@ from obsdiff.models.shrink import shrink
 from obsdiff.models.source import Source, meta_denoiser
 
 NO_EVIDENCE = "none: no engine that tells was built here"
-HOW = "--format tensorrt on a GPU tells (its build log and engine inspector)"
+HOW = "on a GPU, export --format tensorrt tells (its build log and engine inspector), and so does tune of torch-sparse"
 SPEEDUP = 2  # of a product on sparse tensor cores, at most
 
 Kernel = Literal["sparse", "dense", "unknown"]
@@ -220,11 +220,16 @@ def say(summary: Summary) -> str:
 
 
 def read_receipt(bundle: Path, manifest: Manifest) -> Receipt | None:
-    """The bundle's receipt, None in a bundle without one. Raises InputError when it is not what obsdiff wrote."""
+    """The bundle's receipt with what tuning it has told since; None in a bundle without one.
+
+    Raises InputError when it is not what obsdiff wrote.
+    """
     if RECEIPT not in manifest.files:
         return None
+    told = [record.evidence for record in manifest.tuned if record.evidence]
     try:
-        return Receipt.model_validate(read_json(bundle / RECEIPT))
+        receipt = Receipt.model_validate(read_json(bundle / RECEIPT))
+        return merge(receipt, Evidence.model_validate(told[-1])) if told else receipt
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

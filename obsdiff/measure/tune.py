@@ -16,12 +16,14 @@ from obsdiff.device import Device, describe, pick_device
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import engines, parity
 from obsdiff.export.bundle import Manifest, Tuned, open_bundle, read_manifest
+from obsdiff.export.receipt import Evidence, read_receipt
+from obsdiff.export.receipt import require_sparse as gate
 from obsdiff.files import write_json
 from obsdiff.measure.environment import environment
 from obsdiff.measure.tune_process import Worker
 from obsdiff.models.source import MANIFEST
 from obsdiff.progress import Progress
-from obsdiff.runtime.backends import BACKENDS, FOREIGN, obstacle
+from obsdiff.runtime.backends import BACKENDS, FOREIGN, obstacle, torch_sparse
 
 REFERENCE = "torch"
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "torch-tensorrt")
@@ -39,6 +41,7 @@ def tune(
     device: str | None = None,
     runs: int = 10,
     timeout: float = 1800,
+    require_sparse: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Times a denoiser call on every backend of this machine, and records the fastest right one in the bundle.
@@ -50,7 +53,8 @@ def tune(
     `settings`, `shapes`, `chosen` and `backends`: of each the milliseconds of a denoiser call by shape, the speed-up
     over torch and the relative error, or the reason why there are none.
     Raises InputError when an argument is wrong or the bundle cannot be written, ObsdiffError when no backend is right;
-    then, and when interrupted, the bundle stays as it was.
+    then, and when interrupted, the bundle stays as it was. GateError when all is recorded and less than the share
+    `require_sparse` of the 2:4 layers was seen to run on sparse tensor cores.
     """
     progress, bundle, device = progress or Progress(), Path(bundle), pick_device(device)
     if runs < 1 or timeout <= 0:
@@ -76,7 +80,11 @@ def tune(
         raise ObsdiffError(f"no backend to record: {reasons}")
     chosen = max(right, key=lambda row: row["speedup"])["backend"]
     here = describe(device)
-    _record(bundle, here, shapes, chosen, {r["backend"]: r["milliseconds"] for r in ordered if r["status"] == "right"})
+    milliseconds = {row["backend"]: row["milliseconds"] for row in ordered if row["status"] == "right"}
+    told = torch_sparse.examine(bundle, manifest, device) if "torch-sparse" in milliseconds else None
+    _record(bundle, here, shapes, chosen, milliseconds, told)
+    if require_sparse is not None and (receipt := read_receipt(bundle, read_manifest(bundle))):
+        gate(receipt, require_sparse)
     return {
         "environment": environment(),
         "device": here._asdict(),
@@ -262,7 +270,14 @@ def _check_writable(bundle: Path) -> None:
         ) from None
 
 
-def _record(bundle: Path, here: Device, shapes: list[Axes], chosen: str, milliseconds: dict[str, list[float]]) -> None:
+def _record(
+    bundle: Path,
+    here: Device,
+    shapes: list[Axes],
+    chosen: str,
+    milliseconds: dict[str, list[float]],
+    told: Evidence | None,
+) -> None:
     """Puts the result into the manifest in the place of this device's last one."""
     libraries = {}
     for name in LIBRARIES:
@@ -275,6 +290,7 @@ def _record(bundle: Path, here: Device, shapes: list[Axes], chosen: str, millise
         backend=chosen,
         milliseconds=milliseconds,
         versions=versions() | libraries,
+        evidence=told.model_dump(mode="json") if told else None,
     )
     manifest = read_manifest(bundle)  # as it is now: another machine may have tuned its own meanwhile
     others = [other for other in manifest.tuned if (other.kind, other.name, other.target) != here]

@@ -18,6 +18,8 @@ from obsdiff.device import describe
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import engines
 from obsdiff.export.bundle import Manifest, open_bundle
+from obsdiff.export.inspect import inspect
+from obsdiff.export.receipt import Evidence, read_receipt
 from obsdiff.measure import tune as tuning
 from obsdiff.measure import tune_process
 from obsdiff.measure.tune import tune, tuned_shapes
@@ -231,6 +233,25 @@ def test_a_device_keeps_one_record_and_others_keep_theirs(bundle: Path, scripted
         scripted.TIMES = times
         assert tune(bundle, backends=list(times), device="cpu", runs=1)["chosen"] == best
         assert [record.backend for record in open_bundle(bundle).tuned] == ["aoti", best]
+
+
+def test_what_torch_sparse_told_goes_into_the_receipt(
+    bundle: Path, scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_receipt(bundle, open_bundle(bundle))
+    assert before
+    assert before.summary.sparse is None
+    name = before.layers[0].name
+    told = Evidence(source="torch-sparse: timings", kernels={name: "sparse"}, dense_ms={name: 2}, sparse_ms={name: 1})
+    monkeypatch.setattr(tuning.torch_sparse, "examine", lambda *_: told)
+    scripted.TIMES = {"torch": [2], "torch-sparse": [1]}
+    assert tune(bundle, backends=list(scripted.TIMES), device="cpu", runs=1)["chosen"] == "torch-sparse"
+    after = read_receipt(bundle, open_bundle(bundle))
+    assert after
+    assert after.summary.sparse == 1
+    assert after.summary.evidence == "torch-sparse: timings"
+    assert (after.layers[0].kernel, after.layers[0].dense_ms, after.layers[0].sparse_ms) == ("sparse", 2, 1)
+    assert inspect(bundle)["about"][f"tuned on {describe('cpu').name}"] == "torch-sparse: 1 ms (2.00 × torch)"
 
 
 def test_what_was_not_asked_for_is_not_taken(bundle: Path, scripted: type[Scripted]) -> None:

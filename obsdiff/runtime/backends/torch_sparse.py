@@ -117,6 +117,12 @@ def contiguous(_linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(value.contiguous() for value in inputs)
 
 
+def examine(bundle: Path, manifest: Manifest, device: str) -> Evidence:
+    """Which layers of the bundle run sparse on this backend here, for the receipt. Raises InputError as `load` does."""
+    gemms = products(bundle, manifest)
+    return evidence(plan(load_module(bundle, manifest, device), gemms, manifest.precision, device), gemms)
+
+
 def evidence(rows: Iterable[Row], gemms: Iterable[Gemm]) -> Evidence:
     """What the plan tells for the receipt, by the names of the denoiser's own layers."""
     names: Mapping[str, str] = {gemm.scope: gemm.name for gemm in gemms}
