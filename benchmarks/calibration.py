@@ -2,9 +2,10 @@
 
 Error: mean squared difference of the final latents to the dense model's for 32 prompts that no calibration used, same
 seeds, over their variance. All linears (structured: all but the first and last block), 32 calibration prompts, 12
-steps, guidance 4, several calibration seeds. Times are of whole prunes, only to be compared with each other.
+steps, guidance 4, several calibration seeds. Times are of whole prunes, only to be compared with each other. Solvers
+are compared in paper_tables.py.
 
-    python benchmarks/calibration.py [solvers] [modes] [allocation] [--only REGEX] [--seeds 3]
+    python benchmarks/calibration.py [modes] [allocation] [--only REGEX] [--seeds 3]
 """
 
 import argparse
@@ -30,11 +31,6 @@ UNITS: dict[str, Any] = {"pattern": "structured", "sparsity": 0.3}
 STREAM: dict[str, Any] = {"calibration": "stream"}
 
 PARTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "solvers": [
-        (f"{name}, {solver}", {**pattern, "solver": solver, "allocation": "uniform"})
-        for name, pattern in (("2:4", HALF), ("60 %", SPARSE))
-        for solver in ("magnitude", "wanda", "dsnot", "obs", "alps", "auto")
-    ],
     "modes": [
         (f"{name}, {mode}", {**pattern, **options, "allocation": "uniform"})
         for name, pattern in (("2:4", HALF), ("60 %", SPARSE))

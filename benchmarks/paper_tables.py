@@ -9,7 +9,7 @@ Intervals are 95 %, over the pictures; with several calibration seeds every figu
 for one picture. What the paper reports is of other models and by other metrics: only the order can be compared.
 
 Each result is written as soon as it is there, the same command goes on behind it, and FILE.txt holds the tables. All of
-it takes about 20 minutes a seed on two quiet cores.
+it takes about 25 minutes a seed on two quiet cores.
 """
 
 import argparse

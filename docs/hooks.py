@@ -73,10 +73,13 @@ def record(parameter: Any, context: Any) -> tuple[str, str, str]:
 
 def families() -> str:
     """The table of `obsdiff models`."""
-    from obsdiff.cli.models import cells, rows
+    from obsdiff.cli.models import COLUMNS, cells, rows
 
-    columns = ("denoiser", "family, pipelines", "patterns", "verified")
-    return table(columns, [(f"`{c[1]}`", f"{c[0]}: {c[2]}", c[3], c[6]) for c in map(cells, rows())])
+    heads = ("denoiser", "family, pipelines", "patterns", "verified")
+    found = (dict(zip(COLUMNS, cells(row), strict=True)) for row in rows())
+    return table(
+        heads, [(f"`{r['denoiser']}`", f"{r['family']}: {r['pipelines']}", r["patterns"], r["verified"]) for r in found]
+    )
 
 
 def fields(place: str) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 
 from obsdiff.checkpoint import CheckpointInfo
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import Totals, read_manifest
+from obsdiff.export.bundle import read_manifest
 from obsdiff.export.inspect import inspect
 from obsdiff.export.receipt import read_receipt
+from obsdiff.export.schema import Totals
 from obsdiff.export.stage import export
 from obsdiff.measure import fashion, quality, report
 from obsdiff.measure.environment import environment

@@ -17,7 +17,16 @@ from obsdiff.measure import fashion
 from obsdiff.prune.solvers import NM, is_nm
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("families", "gpu", "real_sizes", "prune_memory", "serving", "structured_speed", "train_fashion")
+SCRIPTS = (
+    "families",
+    "gpu",
+    "paper_tables",
+    "prune_memory",
+    "real_sizes",
+    "serving",
+    "structured_speed",
+    "train_fashion",
+)
 
 
 @pytest.fixture(autouse=True)

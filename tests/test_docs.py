@@ -49,7 +49,7 @@ CHEAPER = {
     "tune": "--runs 1 --backends torch",
 }
 BENCH = {"--url": "--requests 4", "--scenario": "--requests 8", "--compare": "", "": "--runs 1"}
-MODELS = {"my-sd3": "sd3", "black-forest-labs/FLUX.1-dev": "flux"}
+MODELS = {"my-model": "one_block_sd3", "my-sd3": "sd3", "black-forest-labs/FLUX.1-dev": "flux"}
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,7 @@ def reader(
     tmp_path: Path,
     made: dict[tuple[str, ...], Path],
     tiny_model: Callable[[str], Path],
+    one_block_sd3: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> Iterator[Reader]:
@@ -250,7 +251,7 @@ def reader(
     text = request.getfixturevalue("page").read_text(encoding="utf-8")
     for name, family in MODELS.items():
         if name in text:
-            shutil.copytree(tiny_model(family), name)
+            shutil.copytree(one_block_sd3 if family == "one_block_sd3" else tiny_model(family), name)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

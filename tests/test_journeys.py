@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from obsdiff.export.bundle import EngineOptions
+from obsdiff.export.schema import EngineOptions
 from obsdiff.export.stage import export
 from obsdiff.models import FAMILIES
 from obsdiff.prune.stage import prune

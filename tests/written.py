@@ -8,8 +8,9 @@ from typing import Any
 from PIL import Image
 
 from obsdiff.checkpoint import CheckpointInfo, LayerRecord
-from obsdiff.export.bundle import Axis, Check, Manifest, Tensor, Totals
+from obsdiff.export.bundle import Manifest
 from obsdiff.export.receipt import Layer, Receipt, Summary
+from obsdiff.export.schema import Axis, Check, Tensor, Totals
 from obsdiff.files import read_json
 from obsdiff.measure.results import Bench
 from obsdiff.models import FAMILIES, size_of

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from obsdiff.device import gpu_sm
 from obsdiff.errors import InputError, ObsdiffError, first_line
-from obsdiff.export.bundle import CONFIG, EngineKey, EngineOptions, Manifest, Precision
+from obsdiff.export.bundle import CONFIG, Manifest
 from obsdiff.export.cuda_graphs import with_graphs
 from obsdiff.export.engines import Denoise
 from obsdiff.export.program import load_module, quiet, trace
+from obsdiff.export.schema import EngineKey, EngineOptions, Precision
 from obsdiff.progress import Progress
 
 # What a compiler uses by itself when it is told to compile for the machine at hand.

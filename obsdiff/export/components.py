@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import InputError
-from obsdiff.export import bundle as bundles
-from obsdiff.export import onnx, parity
-from obsdiff.export.bundle import Axis, Check, Graph, Precision
+from obsdiff.export import onnx, parity, schema
 from obsdiff.export.recorded import LATENTS, Call, record
+from obsdiff.export.schema import Axis, Check, Graph, Precision
 from obsdiff.export.totals import default_axes
 from obsdiff.models import Input, ModelSpec, graph
 from obsdiff.models.source import Source, load_pipeline
@@ -215,7 +214,7 @@ def _export(name: str, plan: Plan, config: Mapping[str, Any], precision: Precisi
         with torch.no_grad():
             expected.append(module(*graph.random_inputs(spec, config, sizes, seed=seed).values()))
     cast_module(module.module, dtype)
-    path = work / bundles.component_graph(name)
+    path = work / schema.component_graph(name)
     types = onnx.write_graph(module, f"the {name}", module.outputs, spec, config, plan.axes, path)
     run = onnx.open_graph(path, precision)
     checks = []
@@ -238,8 +237,8 @@ def _export(name: str, plan: Plan, config: Mapping[str, Any], precision: Precisi
     )
 
 
-def _signature(name: str, dtype: str, axes: Sequence[str | int]) -> bundles.Tensor:
-    return bundles.Tensor.model_validate({"name": name, "dtype": dtype, "axes": tuple(axes)})
+def _signature(name: str, dtype: str, axes: Sequence[str | int]) -> schema.Tensor:
+    return schema.Tensor.model_validate({"name": name, "dtype": dtype, "axes": tuple(axes)})
 
 
 def _worst(checks: Sequence[Check]) -> Check:

@@ -22,7 +22,8 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from obsdiff.errors import InputError, ObsdiffError
-from obsdiff.export.bundle import EngineFormat, EngineKey, EngineOptions, Manifest, Precision
+from obsdiff.export.bundle import Manifest
+from obsdiff.export.schema import EngineFormat, EngineKey, EngineOptions, Precision
 from obsdiff.files import cache_folder, read_json, sha256, whole, write_json
 from obsdiff.progress import Progress
 

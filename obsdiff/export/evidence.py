@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import Engine, Manifest
+from obsdiff.export.bundle import Manifest
 from obsdiff.export.receipt import Evidence, Kernel, Receipt
+from obsdiff.export.schema import Engine
 from obsdiff.files import read_json
 
 SPARSE_TACTIC = re.compile(r"sparse|spgemm|sptensor", re.IGNORECASE)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from obsdiff import checkpoint
-from obsdiff.export.bundle import WEIGHTS, Engine, Tuned, open_bundle
+from obsdiff.export.bundle import WEIGHTS, open_bundle
 from obsdiff.export.receipt import read_receipt, say
+from obsdiff.export.schema import Engine, Tuned
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
 from obsdiff.models import walk
 from obsdiff.models.source import MANIFEST, Source, find_source, meta_denoiser

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import ObsdiffError, first_line
-from obsdiff.export.bundle import Axis, Check, Precision
 from obsdiff.export.parity import compare
 from obsdiff.export.program import dynamic_axes, traced_sizes
+from obsdiff.export.schema import Axis, Check, Precision
 from obsdiff.export.widen import widened
 from obsdiff.models import Input, ModelSpec, graph
 

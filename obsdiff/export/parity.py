@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import InputError, ObsdiffError
-from obsdiff.export.bundle import Axis, Check, Precision
+from obsdiff.export.schema import Axis, Check, Precision
 from obsdiff.models import ModelSpec, graph
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}

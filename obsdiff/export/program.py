@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from obsdiff.errors import InputError, ObsdiffError, first_line
-from obsdiff.export.bundle import CONFIG, WEIGHTS, Axis, Manifest
+from obsdiff.export.bundle import CONFIG, WEIGHTS, Manifest
 from obsdiff.export.parity import DTYPES
+from obsdiff.export.schema import Axis
 from obsdiff.files import read_json
 from obsdiff.models import ModelSpec, graph
 from obsdiff.models.shrink import shrink

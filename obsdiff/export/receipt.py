@@ -13,7 +13,8 @@ from torch import nn
 
 from obsdiff.errors import GateError, InputError
 from obsdiff.export import sparsity
-from obsdiff.export.bundle import RECEIPT, Axis, Manifest, Precision
+from obsdiff.export.bundle import RECEIPT, Manifest
+from obsdiff.export.schema import Axis, Precision
 from obsdiff.files import read_json
 from obsdiff.models import GroupRecord, graph
 from obsdiff.models.gemms import Gemm, find_gemms

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff.errors import InputError, first_line
-from obsdiff.export.bundle import Axis
+from obsdiff.export.schema import Axis
 from obsdiff.hooks import named_arguments
 from obsdiff.models.source import Source, quiet_libraries
 

@@ -14,11 +14,13 @@ from obsdiff import checkpoint
 from obsdiff.device import pick_device
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import bundle as bundles
-from obsdiff.export import engines, evidence, onnx, parity
+from obsdiff.export import engines, evidence, onnx, parity, schema
 from obsdiff.export import receipt as receipts
-from obsdiff.export.bundle import Axis, Engine, EngineFormat, EngineOptions, Manifest, Precision
+from obsdiff.export.bundle import Manifest
 from obsdiff.export.components import choose, export_components
 from obsdiff.export.probe import probe
+from obsdiff.export.ranges import make_axes
+from obsdiff.export.schema import Axis, Engine, EngineFormat, EngineOptions, Precision
 from obsdiff.export.totals import count_nonzero, count_totals, default_axes
 from obsdiff.files import copy_files, folder_hash, read_json, write_json, write_tensors
 from obsdiff.models import Input, ModelSpec, size_of
@@ -104,48 +106,6 @@ def export(
     return manifest
 
 
-def make_axes(source: Source, batch: str, size: str | None) -> dict[str, Axis]:
-    """The dynamic axes of the graph, in latents and denoiser calls, from the user's images and pixels."""
-    names = source.spec.axes(source.config)
-    if size and "height" not in names:
-        raise InputError(f"--size {size}: this model draws pictures of one size: leave the option out")
-    patch = size_of(source.spec.patch, source.config)
-    step = source.side_step
-    own = default_axes(source)["height"] * source.vae_scale
-    low, opt, high = (
-        _triple("--size", size)
-        if size
-        else (
-            max(step, own // 2 // step * step),
-            own,
-            own * 3 // 2 // step * step,
-        )
-    )
-    if any(side % step for side in (low, opt, high)):
-        raise InputError(f"--size {size}: sides must be multiples of {step} pixels for this model")
-    side = Axis(min=low // source.vae_scale, opt=opt // source.vae_scale, max=high // source.vae_scale, multiple=patch)
-    low, opt, high = _triple("--batch", batch)
-    passes, (shortest, _usual, longest) = source.spec.passes, source.spec.tokens
-    axes = {
-        "batch": Axis(min=low, opt=passes * opt, max=passes * high),
-        "height": side,
-        "width": side,
-        "tokens": Axis(min=shortest, opt=source.prompt_tokens, max=longest),
-        "image": Axis(min=(side.min // patch) ** 2, opt=(side.opt // patch) ** 2, max=(side.max // patch) ** 2),
-    }
-    return {name: axes[name] for name in names}
-
-
-def _triple(option: str, text: str) -> tuple[int, int, int]:
-    try:
-        low, opt, high = (int(part) for part in text.split(":"))
-    except ValueError:
-        raise InputError(f"{option} {text}: write MIN:OPT:MAX, for example 1:1:8") from None
-    if not 1 <= low <= opt <= high:
-        raise InputError(f"{option} {text}: needs 1 <= MIN <= OPT <= MAX")
-    return low, opt, high
-
-
 def _check_timing_cache(path: Path, formats: Sequence[str]) -> None:
     if "tensorrt" not in formats:
         raise InputError("--timing-cache is for --format tensorrt: the others time no kernels when they build")
@@ -229,7 +189,7 @@ def _compile(
     """The manifest with one more engine, which was built in `work` and, where this machine can run it, checked."""
     form = engines.load_format(name)
     key = form.make_key(manifest, options, device)
-    path = work / bundles.ENGINES / key.file
+    path = work / schema.ENGINES / key.file
     path.parent.mkdir(exist_ok=True)
     progress.advance(1, f"building {name} for {key.target}")
     start = perf_counter()
@@ -276,8 +236,8 @@ def _manifest(
     denoiser: nn.Module,
     axes: Mapping[str, Axis],
     precision: Precision,
-    checks: Mapping[str, bundles.Check],
-    graphs: Mapping[str, bundles.Graph],
+    checks: Mapping[str, schema.Check],
+    graphs: Mapping[str, schema.Graph],
     work: Path,
 ) -> Manifest:
     spec = source.spec
@@ -285,9 +245,9 @@ def _manifest(
     groups = info.groups if info else []
     default, itemsize = default_axes(source), parity.DTYPES[precision].itemsize
 
-    def signature(entry: Input) -> bundles.Tensor:
+    def signature(entry: Input) -> schema.Tensor:
         shape = tuple(axis if axis in axes else size_of(axis, source.config) for axis in entry.axes)
-        return bundles.Tensor.model_validate({"name": entry.name, "dtype": entry.dtype or dtype, "axes": shape})
+        return schema.Tensor.model_validate({"name": entry.name, "dtype": entry.dtype or dtype, "axes": shape})
 
     return Manifest(
         pipeline=source.index["_class_name"],

@@ -16,8 +16,9 @@ from typing import Any
 from obsdiff.device import gpu_sm
 from obsdiff.errors import InputError, first_line
 from obsdiff.export import trt_build, trt_run
-from obsdiff.export.bundle import GRAPH, EngineFormat, EngineKey, EngineOptions, Manifest, Precision
+from obsdiff.export.bundle import GRAPH, Manifest
 from obsdiff.export.engines import Denoise
+from obsdiff.export.schema import EngineFormat, EngineKey, EngineOptions, Precision
 from obsdiff.progress import Progress
 
 TITLES: dict[EngineFormat, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}

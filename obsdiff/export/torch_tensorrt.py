@@ -19,10 +19,11 @@ from torch import Tensor
 
 from obsdiff.device import gpu_sm
 from obsdiff.errors import InputError, ObsdiffError, first_line
-from obsdiff.export.bundle import CONFIG, WEIGHTS, EngineKey, EngineOptions, Manifest, Precision
+from obsdiff.export.bundle import CONFIG, WEIGHTS, Manifest
 from obsdiff.export.cuda_graphs import with_graphs
 from obsdiff.export.engines import Denoise
 from obsdiff.export.program import load_module, quiet, trace
+from obsdiff.export.schema import EngineKey, EngineOptions, Precision
 from obsdiff.files import read_json
 from obsdiff.models import graph
 from obsdiff.progress import Progress

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from obsdiff.export.bundle import Totals
+from obsdiff.export.schema import Totals
 from obsdiff.models import GroupRecord, graph, size_of
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import Source, meta_denoiser

@@ -11,7 +11,8 @@ from filelock import FileLock
 
 from obsdiff.device import gpu_sm
 from obsdiff.errors import ObsdiffError
-from obsdiff.export.bundle import GRAPH, Axis, EngineKey, Manifest
+from obsdiff.export.bundle import GRAPH, Manifest
+from obsdiff.export.schema import Axis, EngineKey
 from obsdiff.export.trt_log import (
     get_logger,
     inspector_layers,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from obsdiff.errors import ObsdiffError
 from obsdiff.export import tensorrt, trt_run
-from obsdiff.export.bundle import CONFIG, EngineKey, Manifest
+from obsdiff.export.bundle import CONFIG, Manifest
 from obsdiff.export.parity import DTYPES
+from obsdiff.export.schema import EngineKey
 from obsdiff.export.trt_log import inspector_layers
 from obsdiff.files import read_json, write_json
 from obsdiff.models import graph

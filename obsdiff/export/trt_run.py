@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from obsdiff.errors import ObsdiffError
-from obsdiff.export.bundle import EngineKey, Manifest
+from obsdiff.export.bundle import Manifest
 from obsdiff.export.cuda_graphs import Recorder, with_graphs
 from obsdiff.export.engines import Denoise
+from obsdiff.export.schema import EngineKey
 from obsdiff.export.trt_log import get_logger, say_errors, start
 from obsdiff.files import cache_folder, whole
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from obsdiff.export.bundle import Totals
 from obsdiff.export.receipt import Receipt, say
+from obsdiff.export.schema import Totals
 from obsdiff.files import whole
 from obsdiff.measure.results import Gate, Metric, fit
 

@@ -15,9 +15,10 @@ from obsdiff.checkpoint import versions
 from obsdiff.device import Device, describe, pick_device
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import engines, parity
-from obsdiff.export.bundle import Manifest, Tuned, open_bundle, read_manifest
+from obsdiff.export.bundle import Manifest, open_bundle, read_manifest
 from obsdiff.export.receipt import Evidence, read_receipt
 from obsdiff.export.receipt import require_sparse as gate
+from obsdiff.export.schema import Tuned
 from obsdiff.files import write_json
 from obsdiff.measure.environment import environment
 from obsdiff.measure.tune_process import Worker

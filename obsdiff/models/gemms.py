@@ -48,6 +48,5 @@ def find_gemms(denoiser: nn.Module, spec: ModelSpec, config: Config, axes: Mappi
     with torch.no_grad():
         whole(*graph.random_inputs(spec, config, axes, device="meta").values())
     return [
-        Gemm(names.get(layer, scopes[layer]), scopes[layer], layers.matrix_shape(layer), n)
-        for layer, n in rows.items()
+        Gemm(names.get(layer, scopes[layer]), scopes[layer], layers.matrix_shape(layer), n) for layer, n in rows.items()
     ]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from obsdiff.errors import InputError, first_line
-from obsdiff.export.bundle import Graph, Manifest, component_graph
+from obsdiff.export.bundle import Manifest
+from obsdiff.export.schema import Graph, component_graph
 from obsdiff.files import read_json
 from obsdiff.models.source import quiet_libraries
 from obsdiff.progress import Progress

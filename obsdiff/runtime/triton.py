@@ -17,7 +17,8 @@ from typing import Any
 
 from obsdiff import __version__
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import GRAPH, Manifest, Tensor, open_bundle
+from obsdiff.export.bundle import GRAPH, Manifest, open_bundle
+from obsdiff.export.schema import Tensor
 from obsdiff.files import copy_files, folder_files
 from obsdiff.progress import Progress
 from obsdiff.runtime.backends import BACKENDS

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import aoti, engines
-from obsdiff.export.bundle import WEIGHTS, EngineKey, EngineOptions, Manifest, Precision, Tuned, open_bundle
+from obsdiff.export.bundle import WEIGHTS, Manifest, open_bundle
 from obsdiff.export.parity import DTYPES, TOLERANCE
 from obsdiff.export.program import load_module
+from obsdiff.export.schema import EngineKey, EngineOptions, Precision, Tuned
 from obsdiff.export.stage import export
 from obsdiff.models.graph import random_inputs
 from obsdiff.models.sd3 import SD3

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import SCHEMA_VERSION, WEIGHTS, Axis, open_bundle, read_manifest
+from obsdiff.export.bundle import SCHEMA_VERSION, WEIGHTS, open_bundle, read_manifest
+from obsdiff.export.schema import Axis
 from obsdiff.files import sha256, write_json
 from obsdiff.runtime.pipeline import load
 

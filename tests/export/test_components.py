@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import components, onnx
-from obsdiff.export.bundle import component_graph, open_bundle
+from obsdiff.export.bundle import open_bundle
 from obsdiff.export.components import Plan, choose
 from obsdiff.export.inspect import inspect
+from obsdiff.export.ranges import make_axes
 from obsdiff.export.recorded import record
-from obsdiff.export.stage import export, make_axes
+from obsdiff.export.schema import component_graph
+from obsdiff.export.stage import export
 from obsdiff.models.source import find_source, load_pipeline
 
 ALL = ("denoiser", "vae", "text_encoders")

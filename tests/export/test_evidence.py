@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import Axis, Check, Engine, EngineKey, EngineOptions, File
 from obsdiff.export.evidence import add_profile, bundle_evidence, files_of, nodes_of, read_layers
 from obsdiff.export.receipt import Layer, Receipt, Summary, merge
+from obsdiff.export.schema import Axis, Check, Engine, EngineKey, EngineOptions, File
 from obsdiff.export.trt_log import Message, sparsity_counts, sparsity_lines
 
 # NVIDIA/TensorRT issue 2169: eligible, none picked (TensorRT 8.4).

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from obsdiff.errors import InputError
-from obsdiff.export.stage import export, make_axes
+from obsdiff.export.ranges import make_axes
+from obsdiff.export.stage import export
 from obsdiff.models.source import find_source
 
 

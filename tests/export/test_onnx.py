@@ -17,8 +17,10 @@ from obsdiff import checkpoint
 from obsdiff.checkpoint import GroupRecord
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import onnx, parity
-from obsdiff.export.bundle import Axis, Precision, open_bundle
-from obsdiff.export.stage import export, make_axes
+from obsdiff.export.bundle import open_bundle
+from obsdiff.export.ranges import make_axes
+from obsdiff.export.schema import Axis, Precision
+from obsdiff.export.stage import export
 from obsdiff.models.graph import random_inputs
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.shrink import shrink

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from obsdiff.errors import ObsdiffError
 from obsdiff.export import onnx, parity
-from obsdiff.export.stage import export, make_axes
+from obsdiff.export.ranges import make_axes
+from obsdiff.export.stage import export
 from obsdiff.models import graph
 from obsdiff.models.source import find_source, load_denoiser
 

@@ -7,7 +7,7 @@ import torch
 from tiny import pixart
 
 from obsdiff.export import onnx
-from obsdiff.export.stage import make_axes
+from obsdiff.export.ranges import make_axes
 from obsdiff.models import graph
 from obsdiff.models.source import Source, find_source, load_denoiser
 

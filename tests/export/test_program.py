@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import WEIGHTS, Axis, open_bundle, read_manifest
+from obsdiff.export.bundle import WEIGHTS, open_bundle, read_manifest
 from obsdiff.export.program import empty_denoiser, load_module, traced_sizes
+from obsdiff.export.schema import Axis
 
 
 @st.composite

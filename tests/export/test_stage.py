@@ -15,8 +15,10 @@ import torch
 import obsdiff
 from obsdiff.checkpoint import read_info
 from obsdiff.errors import InputError
-from obsdiff.export.bundle import Axis, EngineOptions, open_bundle
-from obsdiff.export.stage import export, make_axes
+from obsdiff.export.bundle import open_bundle
+from obsdiff.export.ranges import make_axes
+from obsdiff.export.schema import Axis, EngineOptions
+from obsdiff.export.stage import export
 from obsdiff.export.totals import count_nonzero
 from obsdiff.models.source import find_source, load_denoiser, load_pipeline
 from obsdiff.prune.stage import prune

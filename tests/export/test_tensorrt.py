@@ -11,7 +11,8 @@ import torch
 
 from obsdiff.errors import InputError
 from obsdiff.export import engines, tensorrt, tensorrt_rtx
-from obsdiff.export.bundle import GRAPH, Axis, EngineKey, EngineOptions, File, Manifest, read_manifest
+from obsdiff.export.bundle import GRAPH, Manifest, read_manifest
+from obsdiff.export.schema import Axis, EngineKey, EngineOptions, File
 
 trt = pytest.importorskip("tensorrt_rtx")
 SM86 = EngineOptions(sm=("86",))

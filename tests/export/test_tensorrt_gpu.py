@@ -11,7 +11,8 @@ from torch import Tensor
 
 from obsdiff.errors import ObsdiffError
 from obsdiff.export import engines, parity
-from obsdiff.export.bundle import EngineOptions, Manifest, Precision, open_bundle
+from obsdiff.export.bundle import Manifest, open_bundle
+from obsdiff.export.schema import EngineOptions, Precision
 from obsdiff.export.stage import export
 from obsdiff.files import read_json
 from obsdiff.models import graph

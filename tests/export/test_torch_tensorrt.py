@@ -13,7 +13,8 @@ import torch
 
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import torch_tensorrt
-from obsdiff.export.bundle import WEIGHTS, EngineKey, EngineOptions, Manifest, open_bundle
+from obsdiff.export.bundle import WEIGHTS, Manifest, open_bundle
+from obsdiff.export.schema import EngineKey, EngineOptions
 from obsdiff.export.stage import export
 from obsdiff.models.graph import random_inputs
 from obsdiff.progress import Progress

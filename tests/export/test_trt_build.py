@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 
 from obsdiff.errors import ObsdiffError
 from obsdiff.export import tensorrt_rtx, trt_build
-from obsdiff.export.bundle import GRAPH, Axis, EngineKey, EngineOptions, Manifest, read_manifest
+from obsdiff.export.bundle import GRAPH, Manifest, read_manifest
+from obsdiff.export.schema import Axis, EngineKey, EngineOptions
 from obsdiff.export.trt_log import get_logger
 from obsdiff.progress import Progress
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from obsdiff.errors import ObsdiffError
 from obsdiff.export import trt_run
-from obsdiff.export.bundle import EngineKey, EngineOptions, Manifest
-from obsdiff.export.bundle import Tensor as Signature
+from obsdiff.export.bundle import Manifest
+from obsdiff.export.schema import EngineKey, EngineOptions
+from obsdiff.export.schema import Tensor as Signature
 
 PLAN = b"a plan"
 DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16}

@@ -12,7 +12,7 @@ from page import Page
 from PIL import Image
 from written import make_receipt
 
-from obsdiff.export.bundle import Totals
+from obsdiff.export.schema import Totals
 from obsdiff.measure.report import (
     Latency,
     Layer,

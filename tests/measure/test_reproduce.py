@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obsdiff.export.bundle import read_manifest
-from obsdiff.export.stage import make_axes
+from obsdiff.export.ranges import make_axes
 from obsdiff.measure.reproduce import bench_command, eval_command, export_command, prune_command
 from obsdiff.measure.results import read_result
 from obsdiff.models.source import find_source

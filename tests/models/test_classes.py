@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from obsdiff.errors import InputError
-from obsdiff.export.stage import make_axes
+from obsdiff.export.ranges import make_axes
 from obsdiff.models import find_spec
 from obsdiff.models.source import Source, find_source, load_pipeline
 from obsdiff.prune.recipe import make_recipe

@@ -10,7 +10,8 @@ from tiny import flux, flux2
 from torch import nn
 
 from obsdiff.errors import InputError
-from obsdiff.export.stage import export, make_axes
+from obsdiff.export.ranges import make_axes
+from obsdiff.export.stage import export
 from obsdiff.export.totals import default_axes
 from obsdiff.files import read_json
 from obsdiff.models import graph, walk

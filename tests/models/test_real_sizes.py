@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from obsdiff.export import onnx, parity
-from obsdiff.export.bundle import Axis
+from obsdiff.export.schema import Axis
 from obsdiff.models import walk
 from obsdiff.models.shrink import shrink
 from obsdiff.models.source import Source, meta_denoiser

@@ -18,7 +18,8 @@ from obsdiff.cli.options import Backend
 from obsdiff.device import describe
 from obsdiff.errors import InputError
 from obsdiff.export import engines
-from obsdiff.export.bundle import Engine, EngineFormat, EngineKey, EngineOptions, Manifest, Tuned, open_bundle
+from obsdiff.export.bundle import Manifest, open_bundle
+from obsdiff.export.schema import Engine, EngineFormat, EngineKey, EngineOptions, Tuned
 from obsdiff.files import sha256, write_json
 from obsdiff.progress import Progress
 from obsdiff.runtime import backends

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export.bundle import GRAPH, Manifest, open_bundle
-from obsdiff.export.bundle import Tensor as Signature
+from obsdiff.export.schema import Tensor as Signature
 from obsdiff.models.graph import random_inputs
 from obsdiff.models.sd3 import SD3
 from obsdiff.models.source import find_source

@@ -11,8 +11,9 @@ from typing import Any
 from obsdiff.device import describe
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.export import engines
-from obsdiff.export.bundle import Manifest, Tuned
+from obsdiff.export.bundle import Manifest
 from obsdiff.export.engines import Denoise
+from obsdiff.export.schema import Tuned
 from obsdiff.progress import Progress
 
 MODULES = {

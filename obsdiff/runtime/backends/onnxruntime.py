@@ -13,7 +13,7 @@ from torch import Tensor
 
 from obsdiff.errors import InputError, ObsdiffError, first_line
 from obsdiff.export.bundle import GRAPH, Manifest
-from obsdiff.export.bundle import Tensor as Signature
+from obsdiff.export.schema import Tensor as Signature
 from obsdiff.runtime.backends import Denoise
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from obsdiff.errors import InputError
 from obsdiff.export import sparsity
-from obsdiff.export.bundle import CONFIG, Manifest, Precision
+from obsdiff.export.bundle import CONFIG, Manifest
 from obsdiff.export.cuda_graphs import with_graphs
 from obsdiff.export.program import empty_denoiser, load_module, quiet
 from obsdiff.export.receipt import Evidence
+from obsdiff.export.schema import Precision
 from obsdiff.files import read_json
 from obsdiff.gemm_times import Dtype, GemmTable, measure_gemms
 from obsdiff.models.gemms import Gemm, find_gemms
