@@ -135,7 +135,7 @@ def build_cached(form: Format, bundle: Path, manifest: Manifest, key: EngineKey,
     folder = cache_folder("engines")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / key.file
-    progress.message(f"building a {key.format} engine for {key.target}: kept in {folder}")
+    progress.message(f"building the {key.format} engine for {key.target}: kept in {folder}")
     with whole(path) as part:
         form.build(bundle, manifest, key, part, progress)
     mark_built(path)

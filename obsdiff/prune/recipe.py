@@ -98,6 +98,9 @@ class Recipe(BaseModel):
             raise ValueError("--target asymmetric needs --calibration stream and a --pattern other than structured")
         if self.call_share < 1 and self.calibration != "stream":
             raise ValueError("--call-share is an option of --calibration stream")
+        steps = -(-len(self.prompts) // self.batch_size) * self.steps
+        if int(steps * self.call_share) < 1:
+            raise ValueError(f"--call-share {self.call_share:g} of {steps} steps is none: take {1 / steps:.2g} or more")
         if self.only_faster and self.pattern != "2:4":
             raise ValueError(f"--only-faster is for --pattern 2:4, not {self.pattern}")
         if self.gemm_table and not self.only_faster:

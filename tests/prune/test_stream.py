@@ -151,6 +151,10 @@ def test_a_family_whose_blocks_form_no_chain_is_refused(tiny_sd3: Path) -> None:
     ("options", "message"),
     [
         ({"packages": 2}, "^--packages is an option of --calibration sampler: in a stream every block is one"),
+        (
+            {"calibration": "stream", "call_share": 0.25, "steps": 2, "num_prompts": 4, "batch_size": 4},
+            "^--call-share 0.25 of 2 steps is none: take 0.5 or more",
+        ),
         ({"calibration": "sampler", "call_share": 0.5}, "^--call-share is an option of --calibration stream"),
         ({"calibration": "sampler", "target": "asymmetric"}, "^--target asymmetric needs --calibration stream"),
         ({"target": "asymmetric", "pattern": "structured"}, "a --pattern other than structured"),
