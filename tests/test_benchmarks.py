@@ -18,6 +18,7 @@ from obsdiff.prune.solvers import NM, is_nm
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = (
+    "engines",
     "families",
     "gpu",
     "paper_tables",
