@@ -223,6 +223,8 @@ def say_tables(rows: Sequence[Row], state: Mapping[str, Any], skipped: Mapping[s
         f"{setting['images']} pictures a row, {rare.get('images', 0)} of them of pairs that the model never learned "
         f"(held out), all rows of the same prompts and noise; {setting['steps']} steps, guidance "
         f"{CALIBRATION['guidance_scale']:g}, {setting['prompts']} calibration prompts, {most} calibration seed(s).",
+        "Intervals are over the pictures: with one seed they say nothing of what other calibration noise would change."
+        " Seconds mean little where other jobs ran beside.",
         *(f"No {name}: {reason.replace('--num-images', '--images')}" for name, reason in skipped.items()),
     ]
     for table, groups in tables.items():
@@ -254,6 +256,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures and prints. Returns the exit code."""
     if min(args.seeds, args.steps, args.prompts, args.images) < 1 or args.images > MOST:
         raise InputError(f"--seeds, --steps, --prompts and --images are at least 1, --images at most {MOST}")
+    if args.out.suffix != ".json" or not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: name a .json file in a folder that is there")
     settings = {"images": args.images, "steps": args.steps, "prompts": args.prompts, "versions": versions()}
     state = read_json(args.out) if args.out.exists() else {"settings": settings, "results": []}
     if not isinstance(state, dict) or state.get("settings") != settings:
@@ -274,7 +278,8 @@ def run(args: argparse.Namespace) -> int:
     code = 0
     try:
         for line in measure_rows(chosen, args.seeds, judge, results):
-            state |= {"environment": environment(DEVICE), "results": list(results.values())}
+            state |= {"environment": environment(DEVICE) | {"date": time.strftime("%Y-%m-%d")}}
+            state["results"] = list(results.values())
             write_json(args.out, state)
             print(line, file=sys.stderr, flush=True)
     except KeyboardInterrupt:

@@ -73,7 +73,9 @@ def test_options_that_cannot_be_are_refused_in_a_sentence(tables: ModuleType, tm
     assert "--images at most 515" in run(tables, out, "--images", "516")
     assert run(tables, out, "--match", "nobody") == "error: --match nobody: no row is called so"
     assert "no regular expression" in run(tables, out, "--match", "(")
-    assert not out.exists()
+    for name in ("tables.txt", "nowhere/tables.json"):
+        assert "name a .json file in a folder that is there" in run(tables, tmp_path / name)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_mask_alone_is_the_dense_weight_under_it(tables: ModuleType, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def command(
     ],
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A file with a prompt a line, or JSON lines. [default: built in]", show_default=False),
+        typer.Option(help="A file with a prompt a line, or .jsonl. [default: built in]", show_default=False),
     ] = None,
     num_images: Annotated[
         int | None,

@@ -13,8 +13,8 @@ def command(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Pruned checkpoints, bundles, files of `obsdiff bench --out`, folders of `obsdiff eval --out`, "
-            "in any order.",
+            help="Pruned checkpoints, bundles, files of `obsdiff bench PATH... --out`, folders of `obsdiff eval "
+            "--out`, in any order.",
             show_default=False,
         ),
     ],

@@ -6,13 +6,11 @@ fits machines with the same processor features, GPU architecture, torch and CUDA
 """
 
 import hashlib
-import json
 import platform
 import re
 import shutil
 import subprocess
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -21,10 +19,10 @@ from torch import Tensor
 
 from obsdiff.device import gpu_sm
 from obsdiff.errors import InputError, ObsdiffError, first_line
-from obsdiff.export.bundle import CONFIG, Manifest
+from obsdiff.export.bundle import Manifest
 from obsdiff.export.cuda_graphs import with_graphs
 from obsdiff.export.engines import Denoise
-from obsdiff.export.program import load_module, quiet, trace
+from obsdiff.export.program import load_module, program_hash, quiet, trace
 from obsdiff.export.schema import EngineKey, EngineOptions, Precision
 from obsdiff.progress import Progress
 
@@ -50,15 +48,9 @@ def check(_options: EngineOptions, device: str, _precision: Precision) -> None:
 
 def make_key(manifest: Manifest, _options: EngineOptions, device: str) -> EngineKey:
     """The key of an engine for this machine. Raises InputError for a device that AOTInductor does not compile for."""
-    made_of = {
-        "config": manifest.files[CONFIG].sha256,
-        "groups": [group.model_dump(mode="json") for group in manifest.groups],
-        "inputs": [entry.model_dump(mode="json") for entry in manifest.inputs],
-        "diffusers": version("diffusers"),
-    }
     return EngineKey(
         format="aoti",
-        source=hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest(),
+        source=program_hash(manifest),
         target=_target(device),
         version=torch.__version__,
         cuda=torch.version.cuda or "",

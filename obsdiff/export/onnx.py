@@ -1,9 +1,7 @@
 """The denoiser as an ONNX graph with dynamic batch, latent size and prompt length, checked in ONNX Runtime."""
 
 import contextlib
-import logging
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from obsdiff.errors import ObsdiffError, first_line
 from obsdiff.export.parity import compare
-from obsdiff.export.program import dynamic_axes, traced_sizes
+from obsdiff.export.program import dynamic_axes, quiet, traced_sizes
 from obsdiff.export.schema import Axis, Check, Precision
 from obsdiff.export.widen import widened
 from obsdiff.models import Input, ModelSpec, graph
@@ -48,7 +46,7 @@ def write_graph(
     dtype = next(module.parameters()).dtype
     inputs = graph.random_inputs(spec, config, traced_sizes(axes), dtype)
     dynamic = dynamic_axes(spec, config, axes)
-    with _quiet(), _exact_zeros():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), _exact_zeros():
         try:
             program = torch.onnx.export(
                 module.eval(),
@@ -174,19 +172,3 @@ def _exact_zeros() -> Iterator[None]:
     finally:
         for constant, tolerance in zip(constants, kept, strict=True):
             constant._abs_tol = tolerance
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter logs what it skips (torchvision) and warns about names it merges: nothing a user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

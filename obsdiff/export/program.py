@@ -1,9 +1,12 @@
 """The denoiser as a program of PyTorch's: the module of a bundle, and its trace with dynamic axes."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from obsdiff import __version__
 from obsdiff.errors import InputError, ObsdiffError, first_line
 from obsdiff.export.bundle import CONFIG, WEIGHTS, Manifest
 from obsdiff.export.parity import DTYPES
@@ -100,10 +104,23 @@ def _dim(name: str, axis: Axis) -> Any:
     return axis.multiple * units if axis.multiple > 1 else units
 
 
+def program_hash(manifest: Manifest, *files: str) -> str:
+    """SHA-256 of what decides the program that is traced: config, groups, inputs, versions, and these files' content."""
+    made_of = {
+        "files": [manifest.files[name].sha256 for name in (CONFIG, *files)],
+        "groups": [group.model_dump(mode="json") for group in manifest.groups],
+        "inputs": [entry.model_dump(mode="json") for entry in manifest.inputs],
+        "versions": [version("diffusers"), __version__],
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Torch's own warnings and log lines while it traces and compiles: nothing a user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch._inductor", "torch._dynamo", "torch._export")]
+def quiet(*names: str) -> Iterator[None]:
+    """Silences the warnings and log lines of tracing and compiling, by these loggers or torch's own: nothing in them
+    is something that a user can act on."""
+    chosen = names or ("torch", "torch._inductor", "torch._dynamo", "torch._export")
+    loggers = [logging.getLogger(name) for name in chosen]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -43,7 +43,8 @@ def _triple(option: str, text: str) -> tuple[int, int, int]:
     try:
         low, opt, high = (int(part) for part in text.split(":"))
     except ValueError:
-        raise InputError(f"{option} {text}: write MIN:OPT:MAX, for example 1:1:8") from None
+        example = "512:1024:1024" if option == "--size" else "1:1:8"
+        raise InputError(f"{option} {text}: write MIN:OPT:MAX, for example {example}") from None
     if not 1 <= low <= opt <= high:
         raise InputError(f"{option} {text}: needs 1 <= MIN <= OPT <= MAX")
     return low, opt, high

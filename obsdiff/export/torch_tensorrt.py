@@ -5,9 +5,7 @@ for its metadata): it is trusted as a program is, by who built it.
 """
 
 import contextlib
-import hashlib
 import io
-import json
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -22,7 +20,7 @@ from obsdiff.errors import InputError, ObsdiffError, first_line
 from obsdiff.export.bundle import CONFIG, WEIGHTS, Manifest
 from obsdiff.export.cuda_graphs import with_graphs
 from obsdiff.export.engines import Denoise
-from obsdiff.export.program import load_module, quiet, trace
+from obsdiff.export.program import load_module, program_hash, quiet, trace
 from obsdiff.export.schema import EngineKey, EngineOptions, Precision
 from obsdiff.files import read_json
 from obsdiff.models import graph
@@ -52,16 +50,9 @@ def load_library() -> Any:
 def make_key(manifest: Manifest, options: EngineOptions, device: str) -> EngineKey:
     """The key of an engine for the GPU at hand. Raises InputError where there is none, or no Torch-TensorRT."""
     check(options, device, manifest.precision)
-    made_of = {
-        "config": manifest.files[CONFIG].sha256,
-        "weights": manifest.files[WEIGHTS].sha256,
-        "groups": [group.model_dump(mode="json") for group in manifest.groups],
-        "inputs": [entry.model_dump(mode="json") for entry in manifest.inputs],
-        "diffusers": version("diffusers"),
-    }
     return EngineKey(
         format="torch-tensorrt",
-        source=hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest(),
+        source=program_hash(manifest, WEIGHTS),
         target=f"sm_{gpu_sm(device)}",
         version=_version(),
         cuda=torch.version.cuda or "",

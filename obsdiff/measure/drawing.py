@@ -21,6 +21,7 @@ from obsdiff.measure import quality
 from obsdiff.measure.comparable import Subject
 from obsdiff.measure.quality import Drawn
 from obsdiff.models import pipeline_spec
+from obsdiff.models.source import quiet_libraries
 from obsdiff.progress import Progress
 from obsdiff.runtime.generate import call_options
 from obsdiff.runtime.pipeline import load
@@ -53,7 +54,8 @@ def draw_subject(subject: Subject, asked: Asked, out: Path | None, progress: Pro
     pipe = load(subject.path, backend, asked.device)
     options = call_options(pipe, subject.path, asked.options)
     try:
-        drawn = quality.draw(pipe, asked.prompts, asked.seeds, options, asked.batch_size, progress.advance)
+        with quiet_libraries():
+            drawn = quality.draw(pipe, asked.prompts, asked.seeds, options, asked.batch_size, progress.advance)
     except torch.OutOfMemoryError:
         raise InputError(
             f"{subject.path}: out of memory at {asked.batch_size} images at once: try a smaller --batch-size"

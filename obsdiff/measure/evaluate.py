@@ -6,6 +6,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from obsdiff.device import pick_device
 from obsdiff.errors import InputError
 from obsdiff.files import write_json
@@ -80,6 +82,7 @@ def evaluate(
     wanted = list(dict.fromkeys([*(named or [*fitting, *weights]), *(name for name, *_ in gates)]))
     scorers, skipped = open_metrics(wanted, weights, first, len(asked.prompts), device, overrides)
     _check_any(named, skipped)
+    _make_folder(out)
 
     count = len(asked.prompts)
     with progress.task("drawing", (1 + len(candidates)) * (count + len(scorers))):
@@ -148,6 +151,26 @@ def _check_folder(out: Path | None) -> None:
         raise InputError(f"{out} has other things in it: choose another name")
 
 
+def _make_folder(out: Path | None) -> None:
+    """The folder and the one for what is drawn: what cannot be written is known before. Raises InputError."""
+    try:
+        if out:
+            (out / DRAWN).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error.strerror}") from None
+
+
+def _check_memory(count: int, subjects: Sequence[Subject], overrides: Mapping[str, Any]) -> None:
+    """The pixels of all paths are held until they are compared. Raises InputError for more than this machine has."""
+    sides = {axis: subjects[0].side(axis, overrides) for axis in ("height", "width")}
+    need, have = 3 * sides["height"] * sides["width"] * count * len(subjects), psutil.virtual_memory().total
+    if need > have:
+        raise InputError(
+            f"{count} images of {sides['width']}×{sides['height']} on {len(subjects)} paths take "
+            f"{need / 2**30:.0f} GiB of memory, and this machine has {have / 2**30:.0f}: give a smaller --num-images"
+        )
+
+
 def _check_any(named: Sequence[str], skipped: Mapping[str, str]) -> None:
     if named and all(name in skipped for name in named):
         raise InputError("; ".join(f"{name} cannot be computed: {skipped[name]}" for name in named))
@@ -172,6 +195,7 @@ def _ask(
     if isinstance(prompts, (str, Path)):
         prompts = read_prompts(Path(prompts))
     count = num_images or (len(prompts) if prompts else IMAGES[first.embedded])
+    _check_memory(count, [first, *candidates], overrides)
     if prompts is None and first.source.spec.prompts:
         prompts = first.source.spec.prompts
     elif prompts is None:

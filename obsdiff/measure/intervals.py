@@ -16,7 +16,8 @@ def mean_interval(values: np.ndarray[Any, Any], share: bool = False, seed: int =
     """The mean of values [n] and its percentile bootstrap interval: (mean, low, high), NaN when a value is.
 
     `share`: the values are 0 or 1. When all are the same, resampling says that nothing could change; the exact
-    (Clopper-Pearson) interval is taken then. Raises ValueError when there is no value.
+    (Clopper-Pearson) interval is taken then. One value that is no share has no interval: its ends are NaN. Raises
+    ValueError when there is no value.
     """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
@@ -25,6 +26,8 @@ def mean_interval(values: np.ndarray[Any, Any], share: bool = False, seed: int =
     if share and mean in (0.0, 1.0):
         edge = tail ** (1 / count)
         return (1.0, edge, 1.0) if mean else (0.0, 0.0, 1 - edge)
+    if count == 1:
+        return mean, np.nan, np.nan
     drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     low, high = np.quantile(values[drawn].mean(1), (tail, 1 - tail))
     return mean, min(float(low), mean), max(float(high), mean)

@@ -166,6 +166,8 @@ def peak_memory(path: str | Path, backend: str, device: str, batch_size: int, ov
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        if (refusal := f"{InputError.__module__}.{InputError.__name__}: ") in reason:
+            raise InputError(f"measuring the memory of {path} failed: {reason.partition(refusal)[2]}")
         raise ObsdiffError(f"measuring the memory of {path} failed: {reason}")
     return int(done.stdout.strip().splitlines()[-1])
 

@@ -99,7 +99,9 @@ def read_result(path: Path) -> Bench | Eval:
     value = read_json(path)
     kind = value.get("kind", "bench") if isinstance(value, dict) else None  # bench --json > FILE has no kind
     if kind not in ("bench", "eval"):
-        raise InputError(f"{path} is JSON of another kind: it must be a result of obsdiff bench or obsdiff eval")
+        raise InputError(
+            f"{path} is JSON of another kind: it must be a result of obsdiff bench PATH... or obsdiff eval"
+        )
     if kind == "bench":
         return _validate(Bench, value, path, "a result of obsdiff bench PATH...")
     found = _validate(Eval, value, path, "a result of obsdiff eval")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,14 @@ class Worker:
     """One backend in a process of its own, for the length of a `with` block.
 
     What its libraries print goes to `log`. It has a session of its own: Ctrl-C is for the process that asks, and what
-    the worker started ends with it.
+    the worker started ends with it. So do its temporary files, beside `log`: it is killed, and cannot tidy up.
     """
 
     def __init__(self, request: Mapping[str, Any], log: Path, timeout: float, progress: Progress):
         self.backend: str = request["backend"]
         self.timeout, self.progress, self.log = timeout, progress, log
+        self.scratch = log.with_suffix(".tmp")
+        self.scratch.mkdir()
         self.pipe, theirs = Pipe()
         with log.open("wb") as file:
             self.process = subprocess.Popen(  # noqa: S603
@@ -37,6 +40,7 @@ class Worker:
                 stdout=file,
                 stderr=file,
                 pass_fds=[theirs.fileno()],
+                env=_environment(self.scratch),
                 start_new_session=True,
             )
         theirs.close()
@@ -49,6 +53,7 @@ class Worker:
     ) -> None:
         self._kill()
         self.pipe.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     @property
     def ended(self) -> bool:
@@ -98,3 +103,11 @@ class Worker:
             memory = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
             words = f"its process was killed by {name}{memory}"
         return f"{words}{': ' + lines[-1].strip()[:200] if lines else ''}"
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """This process's, with temporary files in `scratch`; what torch.compile keeps for later stays where it was."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    kept = {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+    return {**kept, **os.environ, "TMPDIR": str(scratch)}

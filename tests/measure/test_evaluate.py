@@ -173,13 +173,25 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(
         ({"seed": -1}, "out of range"),
         ({"out": "/dev/null"}, "is a file"),
         ({"out": "/"}, "has other things in it"),
+        ({"out": "/proc/nothing"}, "--out /proc/nothing cannot be made: No such file"),
+        ({"num_images": 10**12}, "1000000000000 images of 32×32 on 2 paths take .* GiB of memory, .* --num-images"),
         ({"backend": "onnxruntime"}, "none of the paths is a bundle"),
     ],
     ids=str,
 )
-def test_bad_input_is_refused_in_a_sentence(pruned: dict[str, Path], options: dict[str, Any], words: str) -> None:
+def test_bad_input_is_refused_in_a_sentence(
+    pruned: dict[str, Path], options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "load", None)  # before anything is loaded
     with pytest.raises(InputError, match=words):
         evaluate([pruned["2:4"]], "fashion", **{**QUICK, **options})
+
+
+def test_a_prompt_that_is_cut_brings_no_words_of_a_library(
+    pruned: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    evaluate([pruned["2:4"]], "fashion", prompts=["a red bag " * 50], num_inference_steps=1, metrics=["psnr"])
+    assert capfd.readouterr().err == ""
 
 
 def test_paths_are_named_by_what_tells_them_apart(pruned: dict[str, Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from obsdiff.measure.intervals import distance_interval, mean_interval
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.booleans())
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50), st.booleans())
 def test_the_interval_holds_the_mean_and_stays_within_the_values(values: list[float], share: bool) -> None:
     mean, low, high = mean_interval(np.array(values), share=share and set(values) <= {0.0, 1.0})
     assert mean == pytest.approx(np.mean(values))
@@ -39,6 +39,12 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 @pytest.mark.parametrize(("hit", "expected"), [(1.0, (1.0, 0.6915, 1.0)), (0.0, (0.0, 0.0, 0.3085))])
 def test_all_hits_are_no_certainty(hit: float, expected: tuple[float, float, float]) -> None:
     assert mean_interval(np.full(10, hit), share=True) == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_value_alone_says_nothing_of_others() -> None:
+    mean, low, high = mean_interval(np.array([3.0]))
+    assert mean == 3
+    assert np.isnan([low, high]).all()
 
 
 def test_a_value_that_is_none_makes_none_and_no_value_is_refused() -> None:

@@ -195,5 +195,7 @@ def test_a_bench_that_cannot_run_says_why(graphless: Path, options: dict[str, An
 def test_a_process_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ObsdiffError, match=r"measuring the memory of .*nothing failed: .*does not exist") as caught:
         peak_memory(tmp_path / "nothing", "auto", "cpu", 1, {})
+    assert isinstance(caught.value, InputError)  # the same exit code as without a process
+    assert "InputError" not in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert "[" not in str(caught.value)

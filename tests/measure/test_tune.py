@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -150,6 +150,13 @@ def test_the_record_is_in_the_manifest_and_the_bundle_still_opens(tuned: tuple[P
     assert not [path.name for path in bundle.iterdir() if path.name.startswith(".")]
 
 
+def wait_for(done: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def start(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout: float = 60) -> Worker:
     """A worker that does what a shell script does, in no time."""
     program = tmp_path / "python"
@@ -157,6 +164,17 @@ def start(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout:
     program.chmod(0o755)
     monkeypatch.setattr(tune_process.sys, "executable", str(program))
     return Worker({"backend": "aoti"}, tmp_path / "log", timeout, Progress())
+
+
+def test_a_worker_leaves_no_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed, so its libraries cannot tidy up: AOTInductor unpacks each engine that it loads."""
+    said = tmp_path / "said"
+    script = f"mktemp -d > {said}.part; mv {said}.part {said}; sleep 100"
+    with start(script, tmp_path, monkeypatch):
+        wait_for(said.exists)
+        left = Path(said.read_text().strip())
+        assert left.is_dir()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(
