@@ -105,7 +105,7 @@ def _dim(name: str, axis: Axis) -> Any:
 
 
 def program_hash(manifest: Manifest, *files: str) -> str:
-    """SHA-256 of what decides the program that is traced: config, groups, inputs, versions, and these files' content."""
+    """SHA-256 of what decides the program that is traced: config, groups, inputs, versions, these files."""
     made_of = {
         "files": [manifest.files[name].sha256 for name in (CONFIG, *files)],
         "groups": [group.model_dump(mode="json") for group in manifest.groups],
