@@ -41,7 +41,7 @@ def check(_options: EngineOptions, device: str, _precision: Precision) -> None:
         subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, check=True)  # noqa: S603
     except Exception as error:  # torch has an error of its own for it
         raise InputError(
-            "--format aoti compiles with a C++ compiler and there is none: install g++ (apt install g++), "
+            "aoti compiles with a C++ compiler and there is none: install g++ (apt install g++), "
             f"or name one in the environment variable CXX ({first_line(error)})"
         ) from None
 
@@ -147,7 +147,7 @@ def _target(device: str) -> str:
     """The device and the processor beside it: what machine code made here runs on."""
     where = torch.device(device)
     if where.type not in ("cpu", "cuda"):
-        raise InputError(f"--format aoti: AOTInductor compiles for cpu and cuda here, not for {device}")
+        raise InputError(f"aoti: AOTInductor compiles for cpu and cuda here, not for {device}")
     own = f"sm_{gpu_sm(device)}" if where.type == "cuda" else "cpu"
     features = sorted(set(FEATURES.findall(_processor())))
     digest = hashlib.sha256(" ".join(features).encode()).hexdigest()[:8]

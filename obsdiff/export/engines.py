@@ -21,7 +21,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from obsdiff.errors import InputError, ObsdiffError
+from obsdiff.errors import InputError
 from obsdiff.export.bundle import Manifest
 from obsdiff.export.schema import EngineFormat, EngineKey, EngineOptions, Precision
 from obsdiff.files import cache_folder, read_json, sha256, whole, write_json
@@ -102,9 +102,9 @@ def find_engine(name: str, bundle: Path, manifest: Manifest, device: str) -> tup
     path = cache_folder("engines") / key.file
     record = path.with_name(f"{path.name}.json")
     if path.exists() and record.exists():
-        if read_json(record).get("sha256") != sha256(path):
-            raise ObsdiffError(f"{path} is not the engine that was built (its SHA-256 differs): remove it")
-        return key, path
+        if read_json(record).get("sha256") == sha256(path):
+            return key, path
+        reasons.append(f"{path} is not the engine that was built, its SHA-256 differs")
     return reasons[0] if reasons else "the bundle has none"
 
 

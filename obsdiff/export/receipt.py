@@ -255,6 +255,8 @@ def require_sparse(receipt: Receipt, share: float) -> None:
         raise GateError(f"{asked}: none of the {summary.layers} products has 2:4 weights: prune with --pattern 2:4")
     if summary.sparse is None:
         told = f"{summary.eligible} of the {summary.valid} 2:4 layers could"
+        if not summary.eligible:
+            told += f": {next(layer.reason for layer in receipt.layers if layer.nm_valid)}"
         raise GateError(
             f"{asked}: no layer was seen to run sparse ({told}), since the evidence is {summary.evidence}; {HOW}"
         )

@@ -30,7 +30,7 @@ from obsdiff.progress import Progress
 def check(_options: EngineOptions, device: str, _precision: Precision) -> None:
     """Raises InputError where no engine can be built: no GPU to build it on, or no Torch-TensorRT."""
     if not gpu_sm(device):
-        raise InputError(f"--format torch-tensorrt builds on the GPU that it is for, and the device is {device}")
+        raise InputError(f"torch-tensorrt builds on the GPU that it is for, and the device is {device}")
     load_library()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from obsdiff.errors import InputError, ObsdiffError
 from obsdiff.models.source import EMBEDDED, MANIFEST, find_source
 from obsdiff.progress import Progress
-from obsdiff.runtime.backends import BACKENDS
+from obsdiff.runtime.backends import check_name
 from obsdiff.runtime.generate import call_options
 from obsdiff.runtime.pipeline import check_sides, load
 
@@ -34,8 +34,7 @@ def backend_list(backend: str | Sequence[str]) -> list[str]:
     if not asked:
         raise InputError("--backend: name one, or leave the option out")
     for name in asked:
-        if name not in ("auto", *BACKENDS):
-            raise InputError(f"--backend {name}: there are auto, {', '.join(BACKENDS)}")
+        check_name(name)
     return asked
 
 

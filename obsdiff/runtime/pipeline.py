@@ -21,7 +21,7 @@ from obsdiff.hooks import defaults
 from obsdiff.models import size_of
 from obsdiff.models.source import INFO, MANIFEST, Source, find_source, load_pipeline
 from obsdiff.progress import Progress
-from obsdiff.runtime.backends import Denoise, choose_backend, load_backend
+from obsdiff.runtime.backends import Denoise, check_name, choose_backend, load_backend
 from obsdiff.runtime.components import IN_TORCH, load_components
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def load(
     unless `build` is False.
     Raises InputError when the path, the backend or the device is wrong.
     """
+    check_name(backend)
     device = pick_device(device)
     if not (Path(path) / MANIFEST).exists():
         if backend not in ("auto", "torch"):

@@ -21,7 +21,7 @@ from obsdiff.export.bundle import GRAPH, Manifest, open_bundle
 from obsdiff.export.schema import Tensor
 from obsdiff.files import copy_files, folder_files
 from obsdiff.progress import Progress
-from obsdiff.runtime.backends import BACKENDS
+from obsdiff.runtime.backends import check_name
 
 CONFIG = "config.pbtxt"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -200,8 +200,7 @@ def _instances(count: int, device: str | None) -> dict[str, Any]:
 
 
 def _check_options(backend: str, device: str | None, instances: int) -> None:
-    if backend != "auto" and backend not in BACKENDS:
-        raise InputError(f"--backend {backend}: there are auto, {', '.join(BACKENDS)}")
+    check_name(backend)
     if device is not None and not DEVICE.fullmatch(device):
         raise InputError(f"--device {device}: it must be cpu, cuda, or cuda:1 and the like")
     if instances < 1:

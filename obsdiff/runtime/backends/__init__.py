@@ -57,6 +57,12 @@ def choose_backend(bundle: Path, manifest: Manifest, device: str, progress: Prog
     return name
 
 
+def check_name(name: str) -> None:
+    """Raises InputError for what is neither `auto` nor a backend."""
+    if name != "auto" and name not in BACKENDS:
+        raise InputError(f"--backend {name}: there are auto, {', '.join(BACKENDS)}")
+
+
 def find_tuned(manifest: Manifest, device: str) -> Tuned | None:
     """The record of this device, if it was tuned."""
     if not manifest.tuned:
@@ -118,7 +124,6 @@ def load_backend(
     """
     if name in engines.FORMATS:
         return engines.open_engine(name, bundle, manifest, device, build=build, progress=progress)
-    if name not in MODULES:
-        raise InputError(f"--backend {name}: there are auto, {', '.join(BACKENDS)}")
+    check_name(name)
     options: dict[str, Any] = {"build": build, "progress": progress} if name in BUILDS else {}
     return importlib.import_module(MODULES[name]).load(bundle, manifest, device, **options)
