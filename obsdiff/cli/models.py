@@ -4,8 +4,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from obsdiff.cli.options import Json
 from obsdiff.cli.show import print_json, print_table
 
@@ -28,8 +26,8 @@ def command(json: Json = False) -> None:
         return print_json(rows())
     found = rows()
     print_table(COLUMNS, [cells(row) for row in found])
-    typer.echo(f"formats of every family: {', '.join(found[0]['formats'])}")
-    typer.echo(f"backends: {', '.join(found[0]['backends'])}")
+    every = [(name, ", ".join(found[0][name])) for name in ("formats", "backends")]
+    print_table(("every family", ""), every)
     return None
 
 

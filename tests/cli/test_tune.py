@@ -67,6 +67,8 @@ def test_options_reach_it(asked: dict[str, Any]) -> None:
         "--backends",
         "aoti, torch",
         "--no-build",
+        "--require-sparse",
+        "90%",
     ]
     assert call("tune", "bundle", *words, "--runs", 3, "--timeout", 9, "--device", "cpu", "--json").json == RESULT
     del asked["progress"]
@@ -76,6 +78,7 @@ def test_options_reach_it(asked: dict[str, Any]) -> None:
         "sizes": ["512", "768x512"],
         "backends": ["aoti", "torch"],
         "build": False,
+        "require_sparse": 0.9,
         "device": "cpu",
         "runs": 3,
         "timeout": 9,

@@ -169,9 +169,15 @@ def test_a_bundle_in_half_precision_draws_in_float32_on_a_processor(one_block_sd
     assert 0 < (half - full).norm() < 0.02 * full.norm()
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_only_bundles_run_on_other_backends(one_block_sd3: Path, backend: str) -> None:
-    with pytest.raises(InputError, match=r"is not a bundle, so it runs on the torch backend: export it first"):
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("onnxruntime", "is not a bundle, so it runs on the torch backend: export it first"),
+        ("openvino", "--backend openvino: there are auto, torch"),
+    ],
+)
+def test_only_bundles_run_on_other_backends(one_block_sd3: Path, backend: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         load(one_block_sd3, backend=backend)
 
 

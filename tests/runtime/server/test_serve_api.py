@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from obsdiff.runtime.generate import call_options, generate
 from obsdiff.runtime.pipeline import load
-from server import LONG, PROMPT, Server, pixels
+from server import LONG, PROMPT, Server, pixels, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,8 @@ def test_a_request_keeps_its_id_or_gets_one(server: Server) -> None:
     odd = server.http.get("/health/live", headers={"X-Request-ID": "x" * 200})
     assert re.fullmatch("[0-9a-f]{24}", odd.headers["x-request-id"])
     drawn = server.draw(seed=1)
-    (line,) = [e for e in server.logged("request") if e["request_id"] == drawn.headers["x-request-id"]]
+    name = drawn.headers["x-request-id"]  # its line may come after the answer
+    (line,) = wait_for(lambda: [entry for entry in server.logged("request") if entry["request_id"] == name])
     assert (line["status"], line["model"], line["n"], line["path"]) == (200, "one-block", 1, "/v1/images/generations")
     assert line["ms"] >= line["total"] * 1e3 - 1
     assert PROMPT not in "".join(server.lines), "prompts are nobody's business"
