@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from obsdiff.errors import InputError
+from obsdiff.errors import InputError, first_problem
 from obsdiff.files import copy_files, read_json, write_json, write_tensors
 from obsdiff.models import GroupRecord
 from obsdiff.models.layers import as_matrix
@@ -120,9 +120,7 @@ def read_info(path: Path) -> CheckpointInfo | None:
     try:
         return CheckpointInfo.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path / INFO} is not a recipe that obsdiff wrote: {where}: {first['msg']}") from None
+        raise InputError(f"{path / INFO} is not a recipe that obsdiff wrote: {first_problem(error)}") from None
 
 
 class TensorFiles(Mapping[str, Tensor]):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from obsdiff.errors import InputError, first_line
+from obsdiff.errors import InputError, first_line, first_problem
 from obsdiff.files import cache_folder, read_json, write_json
 from obsdiff.progress import Progress
 
@@ -154,10 +154,7 @@ def read_table(path: Path) -> GemmTable:
     try:
         return GemmTable.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"{path} is no table of products: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-        ) from None
+        raise InputError(f"{path} is no table of products: {first_problem(error)}") from None
 
 
 def _known(device: str) -> GemmTable:

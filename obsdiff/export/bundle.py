@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from obsdiff.errors import InputError
+from obsdiff.errors import InputError, first_problem
 from obsdiff.export.schema import (
     Axis,
     Check,
@@ -144,10 +144,7 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         return Manifest.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = repr(".".join(map(str, first["loc"])))[1:-1][:80]
-        message = first["msg"].removeprefix("Value error, ")[:200]
-        raise InputError(f"{path} is not a manifest that obsdiff wrote: {where}: {message}") from None
+        raise InputError(f"{path} is not a manifest that obsdiff wrote: {first_problem(error)}") from None
 
 
 def open_bundle(bundle: str | Path) -> Manifest:

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from obsdiff.errors import GateError, InputError
+from obsdiff.errors import GateError, InputError, first_problem
 from obsdiff.export import sparsity
 from obsdiff.export.bundle import RECEIPT, Manifest
 from obsdiff.export.schema import Axis, Precision
@@ -232,9 +232,7 @@ def read_receipt(bundle: Path, manifest: Manifest) -> Receipt | None:
         receipt = Receipt.model_validate(read_json(bundle / RECEIPT))
         return merge(receipt, Evidence.model_validate(told[-1])) if told else receipt
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{bundle / RECEIPT} is not a receipt that obsdiff wrote: {where}: {first['msg']}") from None
+        raise InputError(f"{bundle / RECEIPT} is not a receipt that obsdiff wrote: {first_problem(error)}") from None
 
 
 def parse_share(text: str) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from obsdiff.errors import InputError
+from obsdiff.errors import InputError, first_problem
 from obsdiff.files import read_json
 from obsdiff.measure.ratios import median_ratio
 
@@ -85,9 +85,7 @@ def read_bench(path: Path) -> Bench:
     try:
         return Bench.model_validate(read_json(path))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the whole"
-        raise InputError(f"{path} is no file of obsdiff bench PATH... --out: {where}: {problem['msg'][:200]}") from None
+        raise InputError(f"{path} is no file of obsdiff bench PATH... --out: {first_problem(error)}") from None
 
 
 def keyed(bench: Bench) -> dict[Key, Row]:

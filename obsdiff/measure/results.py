@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from obsdiff.errors import InputError
+from obsdiff.errors import InputError, first_problem
 from obsdiff.files import read_json
 
 EVAL = "eval.json"  # what makes a folder the result of an eval
@@ -141,11 +141,7 @@ def _validate(model: type[Model], value: Any, path: Path, words: str) -> Model:
     try:
         return model.model_validate(printable(value))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))[:80]
-        raise InputError(
-            f"{path} is not {words}: {where}: {first['msg'].removeprefix('Value error, ')[:200]}"
-        ) from None
+        raise InputError(f"{path} is not {words}: {first_problem(error)}") from None
 
 
 def printable(value: Any) -> Any:

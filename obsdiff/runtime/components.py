@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ from obsdiff.export.schema import Graph, component_graph
 from obsdiff.files import read_json
 from obsdiff.models.source import quiet_libraries
 from obsdiff.progress import Progress
+from obsdiff.runtime.backends import library_obstacle
 from obsdiff.runtime.backends.onnxruntime import PROVIDERS, open_session
 
 IN_TORCH = ("torch", "torch-sparse")
@@ -41,7 +41,7 @@ def load_components(
     `dtype` is what the pipeline works in; `progress` is told why the modules have to do. Raises InputError when the
     bundle's folders do not fit its graphs, ObsdiffError when a graph does not load.
     """
-    if manifest.graphs and (reason := _obstacle(manifest, device)):
+    if manifest.graphs and (reason := library_obstacle("onnxruntime", manifest, device)):
         (progress or Progress()).message(f"{', '.join(manifest.graphs)} run in torch: {reason}")
         return {}
     made: dict[str, nn.Module] = {}
@@ -59,20 +59,6 @@ def load_components(
         except Exception as error:  # diffusers, transformers and safetensors each raise their own
             raise InputError(f"{bundle}: its {name} is not what the manifest says: {first_line(error)}") from None
     return made
-
-
-def _obstacle(manifest: Manifest, device: str) -> str:
-    """What keeps the graphs from running on the device; "" where nothing does."""
-    kind = device.partition(":")[0]
-    if not find_spec("onnxruntime"):
-        return "onnxruntime is not installed"
-    if kind == "cpu" and manifest.precision == "bf16":
-        return "ONNX Runtime has no bf16 kernels for CPUs"
-    import onnxruntime
-
-    if PROVIDERS.get(kind) not in onnxruntime.get_available_providers():
-        return f"the onnxruntime that is installed does not run on {kind}"
-    return ""
 
 
 class GraphComponent:

@@ -83,10 +83,18 @@ def obstacle(name: str, manifest: Manifest, device: str) -> str:
         return "it needs a CUDA GPU"
     if name in PROVIDERS and "onnx" not in manifest.formats:
         return "the bundle has no ONNX graph"
+    return library_obstacle(name, manifest, device)
+
+
+def library_obstacle(name: str, manifest: Manifest, device: str) -> str:
+    """What keeps the backend's library from running graphs or engines of this precision on the device."""
+    kind = device.partition(":")[0]
     if name == "onnxruntime" and kind == "cpu" and manifest.precision == "bf16":
         return "ONNX Runtime has no bf16 kernels for CPUs"
     if name in LIBRARIES and not find_spec(LIBRARIES[name]):
         return f"{LIBRARIES[name]} is not installed"
+    if name in PROVIDERS and kind not in ("cpu", "cuda"):
+        return f"ONNX Runtime does not run on {kind} here"
     if name in PROVIDERS and kind == "cuda":
         import onnxruntime
 
